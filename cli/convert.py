@@ -1,0 +1,166 @@
+"""``loratools convert``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratools.cli import _options, _show
+
+if TYPE_CHECKING:
+    from loratools.core.adapter import Adapter
+
+COLUMNS: tuple[_show.Column, ...] = (
+    ("name", "parameter", str),
+    ("route", "route", str),
+    ("rank_before", "rank", str),
+    ("rank_after", "->", str),
+    ("relative_error", "rel. error", _show.small),
+    ("bytes_before", "bytes", _show.size),
+    ("bytes_after", "->", _show.size),
+)
+_COMMON = ("self", "adapter", "base", "options")
+_TYPES = {"str": str, "int": int, "float": float}
+
+
+class _Command(click.Command):
+    """Lists the writers' own options below the help; the formats are imported only then."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from loratools.formats.base import FORMATS
+
+        with formatter.section("Formats, and what --set knows for each"):
+            formatter.write_dl([(name, _listed(settings_of(name))) for name in FORMATS])
+
+
+@click.command("convert", cls=_Command, short_help="Rewrite in another format, function unchanged.")
+@_options.IN
+@click.option("--to", "to", metavar="FORMAT", required=True, help="Format to write.")
+@click.option("--lossy", is_flag=True, help="Allow loss where no exact way leads; it is measured and shown.")
+@click.option("--explain", is_flag=True, help="Show the route of every update and write nothing.")
+@click.option("--scale", type=float, help="Factor on b @ a, for files that do not say theirs (loralib, old MLX, ...).")
+@click.option("--assume-split-alpha", is_flag=True, help="Block-diagonal q, k, v of Flux act as split_qkv trains them.")
+@click.option("--rename", multiple=True, metavar="REGEX=REPL", help="Rename parameters; may be given several times.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="An option of the format (listed below).")
+@_options.reading
+@_options.writing
+@_options.running
+@_options.reporting
+def command(
+    *,
+    path: Path,
+    to: str,
+    lossy: bool,
+    explain: bool,
+    scale: float | None,
+    assume_split_alpha: bool,
+    rename: tuple[str, ...],
+    settings: tuple[str, ...],
+    format: str | None,
+    base: str | None,
+    allow_unknown: bool,
+    output: Path | None,
+    overwrite: bool,
+    dtype: str | None,
+    dry_run: bool,
+    fail_on: str | None,
+    seed: int,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Write IN in another format, so that the receiving program applies exactly the same update.
+
+    Names that a format flattens are read from --base, or known for Stable Diffusion, Flux and the common language
+    models. What a format cannot hold is refused by name; --lossy allows approximations and omissions, and shows them.
+    """
+    from loratools import gates
+    from loratools.cli import _session
+    from loratools.cli._names import placed
+    from loratools.ops.convert import convert
+
+    gate = gates.parse(fail_on)
+    options = parsed_settings(to, settings)
+    adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
+    target = _session.Target(output or placed(path.absolute(), to, to), overwrite, dry_run or explain, as_json, quiet)
+    target.check([_as(adapter, to)])
+    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
+        done = convert(
+            adapter, to, base=opened, lossy=lossy, scale=scale, rename=rename, split_alpha=assume_split_alpha
+        )
+    if not (explain or dry_run):
+        _check(done, to, opened, options)
+    return _session.deliver(
+        done,
+        [adapter],
+        target,
+        gate,
+        columns=COLUMNS,
+        worst="relative_error",
+        base=opened,
+        format=to,
+        dtype=dtype,
+        **options,
+    )
+
+
+def _as(adapter: Adapter, to: str) -> Adapter:
+    """Return the adapter as one of the format that is written: what is checked about an output depends on it."""
+    from dataclasses import replace
+
+    return replace(adapter, meta=replace(adapter.meta, format=to))
+
+
+def _check(adapter: Adapter, to: str, base: Any, options: Mapping[str, Any]) -> None:
+    """Let the writer speak before anything is shown."""
+    from loratools.formats.base import FORMATS
+
+    FORMATS[to].encode(adapter, base=base, **options)
+
+
+def settings_of(name: str) -> dict[str, inspect.Parameter]:
+    """Return the typed options of a format's writer, from its signature."""
+    from loratools.formats.base import FORMATS
+
+    parameters = inspect.signature(FORMATS[name].encode).parameters
+    return {key: p for key, p in parameters.items() if key not in _COMMON}
+
+
+def _listed(settings: Mapping[str, inspect.Parameter]) -> str:
+    shown = (
+        f"{key}={p.default!r}".lower() if p.annotation == "bool" else f"{key}={p.default}"
+        for key, p in settings.items()
+    )
+    return ", ".join(shown) or "-"
+
+
+def parsed_settings(name: str, settings: tuple[str, ...]) -> dict[str, Any]:
+    """Return the options as the writer's signature types them; UsageError for others."""
+    from loratools.errors import UsageError
+
+    known = settings_of(name)
+    done: dict[str, Any] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or key not in known:
+            raise UsageError(f"--set {text}: no option of {name}", expected=", ".join(known) or "none")
+        done[key] = _typed(key, value, str(known[key].annotation))
+    return done
+
+
+def _typed(key: str, value: str, annotation: str) -> Any:
+    from loratools.errors import UsageError
+
+    if annotation == "bool":
+        if value.lower() not in ("true", "false"):
+            raise UsageError(f"--set {key}={value}", expected="true or false")
+        return value.lower() == "true"
+    try:
+        return _TYPES[annotation](value)
+    except ValueError:
+        raise UsageError(f"--set {key}={value}", expected=f"a value of type {annotation}") from None

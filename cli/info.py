@@ -1,0 +1,61 @@
+"""``loratools info``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loratools.cli import _options, _show
+
+COLUMNS: tuple[_show.Column, ...] = (
+    ("name", "parameter", str),
+    ("kind", "kind", str),
+    ("shape", "shape", lambda shape: " x ".join(map(str, shape))),
+    ("rank", "rank", str),
+    ("scale", "scale", _show.small),
+    ("dtype", "dtype", str),
+    ("bytes", "bytes", _show.size),
+)
+
+
+@click.command("info", short_help="What a file is, and what is odd about it.")
+@_options.IN
+@_options.reading
+@_options.running
+@_options.reporting
+def command(
+    *,
+    path: Path,
+    format: str | None,
+    base: str | None,
+    allow_unknown: bool,
+    seed: int,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Print format, kinds, modules, ranks, scales, dtypes, sizes, base id, and what is odd about the file.
+
+    Unknown tensors are listed here rather than refused.
+    """
+    from loratools.cli import _session
+    from loratools.ops.info import info
+
+    adapter, _ = _session.read(path, format=format, base=base, allow_unknown=True)  # unknown keys are told, not refused
+    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
+        found = info(adapter)
+    report = _session.described(found, [adapter], None, as_json=as_json)
+    if not (as_json or quiet):
+        _show.summary(_facts(report.total))
+    _show.show(report, as_json=as_json, quiet=quiet, columns=COLUMNS, worst="bytes")
+    return 0
+
+
+def _facts(total: Mapping[str, Any]) -> dict[str, Any]:
+    counted = {k: ", ".join(f"{v} x{n}" for v, n in t.items()) for k, t in total.items() if isinstance(t, dict)}
+    facts = {**total, **counted, "bytes": _show.size(total["bytes"]), "base": total["base"] or "not named"}
+    return {name: value for name, value in facts.items() if value not in ("", 0)}

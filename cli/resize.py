@@ -1,0 +1,58 @@
+"""``loratools resize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loratools.cli import _options
+from loratools.cli.squeeze import COLUMNS
+
+
+@click.command("resize", short_help="Exactly one rank everywhere, up or down.")
+@_options.IN
+@click.option("--rank", type=int, required=True, help="Rank of every module.")
+@click.option("--allow-nonfinite", is_flag=True, help="Carry modules with NaN or inf through untouched.")
+@_options.reading
+@_options.writing
+@_options.running
+@_options.reporting
+def command(
+    *,
+    path: Path,
+    rank: int,
+    allow_nonfinite: bool,
+    format: str | None,
+    base: str | None,
+    allow_unknown: bool,
+    output: Path | None,
+    overwrite: bool,
+    dtype: str | None,
+    dry_run: bool,
+    fail_on: str | None,
+    seed: int,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Write IN with exactly the given rank in every module.
+
+    Down: the optimal truncation. Up: zero padding that leaves the function unchanged and lets the new channels train.
+    Scales are kept, so that training can go on.
+    """
+    from loratools import gates
+    from loratools.cli import _session
+    from loratools.cli._names import default_output
+    from loratools.ops.ranks import Target
+    from loratools.ops.resize import resize
+
+    gate = gates.parse(fail_on)
+    suffix = Target(rank=rank).suffix
+    adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
+    to = _session.Target(output or default_output(path, adapter, suffix), overwrite, dry_run, as_json, quiet)
+    to.check([adapter])
+    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
+        done = resize(adapter, rank=rank, dtype=dtype, base=opened, allow_nonfinite=allow_nonfinite)
+    return _session.deliver(done, [adapter], to, gate, columns=COLUMNS, worst="relative_error", base=opened)

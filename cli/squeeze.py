@@ -1,0 +1,105 @@
+"""``loratools squeeze``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loratools.cli import _options, _show
+
+COLUMNS: tuple[_show.Column, ...] = (
+    ("name", "module", str),
+    ("rank_before", "rank", str),
+    ("rank_after", "->", str),
+    ("energy", "energy", _show.percent),
+    ("relative_error", "rel. error", _show.small),
+    ("bytes_before", "bytes", _show.size),
+    ("bytes_after", "->", _show.size),
+)
+
+
+@click.command("squeeze", short_help="The best smaller adapter, exactly.")
+@_options.IN
+@click.option(
+    "--rank", metavar="N|noise", help="Rank of every module (capped by its own), or what beats --base's rounding."
+)
+@click.option("--energy", type=float, help="Smallest rank that keeps this share of the squared norm, e.g. 0.95.")
+@click.option("--error", type=float, help="Smallest rank with at most this relative error, e.g. 0.05.")
+@click.option("--size", metavar="BYTES", help="Most accurate file of at most 500000, 20MB (10^6) or 20MiB (2^20).")
+@click.option("--max-rank", type=int, help="Never more than this, whatever the target.")
+@click.option("--rank-multiple", type=int, default=1, help="Round ranks up to a multiple of this.")
+@click.option("--uniform", is_flag=True, help="Give every module the largest rank chosen (padding with zeros).")
+@click.option(
+    "--for", "consumer", metavar="CONSUMER", help="As --uniform, at the next rank the consumer accepts: vllm."
+)
+@click.option("--keep-alpha", is_flag=True, help="Keep the input's scale instead of folding it into the factors.")
+@click.option("--allow-nonfinite", is_flag=True, help="Carry modules with NaN or inf through untouched.")
+@_options.reading
+@_options.writing
+@_options.running
+@_options.reporting
+def command(
+    *,
+    path: Path,
+    rank: str | None,
+    energy: float | None,
+    error: float | None,
+    size: str | None,
+    max_rank: int | None,
+    rank_multiple: int,
+    uniform: bool,
+    consumer: str | None,
+    keep_alpha: bool,
+    allow_nonfinite: bool,
+    format: str | None,
+    base: str | None,
+    allow_unknown: bool,
+    output: Path | None,
+    overwrite: bool,
+    dtype: str | None,
+    dry_run: bool,
+    fail_on: str | None,
+    seed: int,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Write the adapter of lower rank that is nearest to IN.
+
+    Exactly one of --rank, --energy, --error, --size says how small. Every module gets its optimal truncation
+    (Eckart-Young); the report gives rank, kept energy, relative error and bytes per module.
+    """
+    from loratools import gates
+    from loratools.cli import _session
+    from loratools.cli._names import default_output
+    from loratools.ops.ranks import Target
+    from loratools.ops.squeeze import squeeze
+
+    gate = gates.parse(fail_on)
+    words: dict[str, Any] = {
+        "rank": rank,
+        "energy": energy,
+        "error": error,
+        "size": size,
+        "max_rank": max_rank,
+        "rank_multiple": rank_multiple,
+        "uniform": uniform,
+        "consumer": consumer,
+    }
+    suffix = Target.of(**words).suffix  # contradictions are refused before anything is opened
+    adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
+    to = _session.Target(output or default_output(path, adapter, suffix), overwrite, dry_run, as_json, quiet)
+    to.check([adapter])
+    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
+        done = squeeze(
+            adapter,
+            **words,
+            dtype=dtype,
+            base=opened,
+            keep_alpha=keep_alpha,
+            allow_nonfinite=allow_nonfinite,
+        )
+    return _session.deliver(done, [adapter], to, gate, columns=COLUMNS, worst="relative_error", base=opened)

@@ -1,0 +1,1 @@
+"""Fused kernels, one file each; imported by nobody but :mod:`loratools.dispatch`."""

@@ -1,0 +1,1 @@
+"""The nouns every room shares: Update, Adapter, the verbs over kinds."""

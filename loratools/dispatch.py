@@ -1,0 +1,100 @@
+"""Textbook functions that a fused kernel may replace.
+
+``@accelerable`` marks the reference; a kernel registers with ``@fuses(reference, when=predicate)``. Kernels are
+imported on the first call that meets an accelerator tensor (or under ``force``). ``LORATOOLS_KERNELS``: ``auto``
+(default), ``off``, ``force`` (an error when nothing fused accepts, so that a test never compares the reference with
+itself). A kernel that raises is an error that names it: there is no silent fallback.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from loratools.errors import KernelError, UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+Kernel = tuple[str, Callable[..., bool], Callable[..., Any]]
+_MODES = ("auto", "off", "force")
+_kernels: dict[str, list[Kernel]] = {}
+
+
+def mode() -> str:
+    """Return the value of ``LORATOOLS_KERNELS`` (default ``auto``); an unknown value is a :class:`UsageError`."""
+    value = os.environ.get("LORATOOLS_KERNELS", "auto")
+    if value not in _MODES:
+        raise UsageError("LORATOOLS_KERNELS has an unknown value", expected="|".join(_MODES), got=value)
+    return value
+
+
+def accelerable(reference: F) -> F:
+    """Mark a textbook function as replaceable by a kernel; without torch in the process the cost is one lookup."""
+    name = f"{reference.__module__}.{reference.__qualname__}"
+    _kernels.setdefault(name, [])
+
+    @functools.wraps(reference)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        chosen = mode()
+        if chosen == "off" or (chosen == "auto" and not _has_accelerator(args)):
+            return reference(*args, **kwargs)
+        return _call_fused(name, reference, chosen, args, kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def fuses(reference: Callable[..., Any], when: Callable[..., bool]) -> Callable[[F], F]:
+    """Register the decorated kernel for ``reference``; ``when`` sees the arguments and must be cheap."""
+    name = f"{reference.__module__}.{reference.__qualname__}"
+
+    def register(kernel: F) -> F:
+        _kernels[name].append((kernel.__qualname__, when, kernel))
+        return kernel
+
+    return register
+
+
+def table() -> dict[str, tuple[str, ...]]:
+    """Return every accelerable function and the kernels registered for it (kernels are loaded first)."""
+    _load()
+    return {name: tuple(kernel for kernel, _, _ in found) for name, found in sorted(_kernels.items())}
+
+
+def _call_fused(name: str, reference: Callable[..., Any], chosen: str, args: Any, kwargs: Any) -> Any:
+    _load()
+    for kernel, when, body in _kernels[name]:
+        if when(*args, **kwargs):
+            try:
+                return body(*args, **kwargs)
+            except Exception as error:
+                raise KernelError(
+                    f"kernel {kernel} failed: {error}", hint="run again with LORATOOLS_KERNELS=off"
+                ) from error
+    if chosen == "force":
+        raise KernelError(f"no kernel accepts these arguments of {name}", hint="set LORATOOLS_KERNELS=auto")
+    return reference(*args, **kwargs)
+
+
+def _load() -> None:
+    import importlib
+    import pkgutil
+
+    package = importlib.import_module("loratools.kernels")
+    for module in pkgutil.iter_modules(package.__path__, "loratools.kernels."):
+        importlib.import_module(module.name)
+
+
+def _has_accelerator(args: Any) -> bool:
+    """True if the first array among the arguments (or in the first nested list) is a torch tensor off the CPU."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    tensors = (x for x in map(_first, args) if isinstance(x, torch.Tensor))
+    return any(x.device.type != "cpu" for x in tensors)
+
+
+def _first(arg: Any) -> Any:
+    """Return the first element of nested lists and tuples."""
+    return _first(arg[0]) if isinstance(arg, list | tuple) and arg else arg

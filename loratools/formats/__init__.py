@@ -1,0 +1,1 @@
+"""What keys mean: one file per format."""

@@ -1,0 +1,58 @@
+"""Is a module's weight stored (out, in), as nn.Linear does, or (in, out), as GPT-2's Conv1D does?
+
+The factors look alike in both cases; only merging differs. Shapes of the base decide where they are known, else the
+config's ``fan_in_fan_out``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from loratools.errors import MismatchError
+
+Orientation = Literal["out_in", "in_out"]
+
+
+def orientations(
+    shapes: Mapping[str, tuple[int, int]], fan_in_fan_out: bool, stored: Mapping[str, tuple[int, ...]] | None
+) -> dict[str, Orientation]:
+    """Return module path -> orientation, for ``shapes`` path -> (out, in) and ``stored`` path -> shape in the base.
+
+    A square parameter follows its non-square siblings (same last name). Raises :class:`MismatchError` where the base
+    has neither orientation, or where siblings disagree.
+    """
+    said: Orientation = "in_out" if fan_in_fan_out else "out_in"
+    if stored is None:
+        return dict.fromkeys(shapes, said)
+    seen = {path: _by_shape(path, shape, stored[path]) for path, shape in shapes.items()}
+    by_type: dict[str, Orientation] = {}
+    for path, orientation in seen.items():
+        if orientation is not None and by_type.setdefault(_type(path), orientation) != orientation:
+            raise MismatchError("modules of one type are stored in two orientations", parameter=path)
+    return {path: orientation or by_type.get(_type(path), said) for path, orientation in seen.items()}
+
+
+def contradicted(turned: Mapping[str, Orientation], fan_in_fan_out: bool) -> str | None:
+    """Return a remark where the base's shapes contradict ``fan_in_fan_out``; ``turned`` is path -> orientation."""
+    other: Orientation = "out_in" if fan_in_fan_out else "in_out"
+    paths = [path for path, orientation in turned.items() if orientation == other]
+    if not paths:
+        return None
+    said, stored = str(fan_in_fan_out).lower(), "(out, in)" if fan_in_fan_out else "(in, out)"
+    return (
+        f"fan_in_fan_out is {said}, but the base stores {paths[0]} as {stored}"
+        f"{f' ({len(paths)} modules)' if len(paths) > 1 else ''}: the base counts, for PEFT too"
+    )
+
+
+def _by_shape(path: str, shape: tuple[int, int], stored: tuple[int, ...]) -> Orientation | None:
+    if stored not in (shape, shape[::-1]):
+        raise MismatchError("the adapter does not fit the base", parameter=f"{path}.weight", expected=stored, got=shape)
+    if shape[0] == shape[1]:
+        return None
+    return "out_in" if stored == shape else "in_out"
+
+
+def _type(path: str) -> str:
+    return path.rpartition(".")[2]

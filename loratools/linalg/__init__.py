@@ -1,0 +1,1 @@
+"""The textbook, array-agnostic; it knows nothing of adapters."""

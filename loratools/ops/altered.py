@@ -1,0 +1,214 @@
+"""Adapters trained on a base that their own initialisation changed: PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ, KaSA.
+
+The file holds B and A; the base was W0 - s B0 A0 while they were trained. Relative to W0 the update is
+s B A - s B0 A0, of rank at most 2 r. Stored side by side the two products would cancel in half precision wherever they
+are used, so the difference is decomposed again, in fp64, into balanced factors of its own size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from loratools.core.adapter import Adapter
+from loratools.core.update import Update
+from loratools.errors import MismatchError, NeedsBaseError, NumericsError, UnsupportedError
+from loratools.files import BaseLike, open_base
+from loratools.io.base import Base
+from loratools.kinds.lowrank import LowRank, canonical, low_rank, with_low_rank
+from loratools.linalg import factored
+from loratools.linalg.dense import thin_svd
+from loratools.linalg.namespace import namespace, up
+from loratools.report import Report, Row
+
+BY_INITIAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
+BY_BASE = ("pissa", "olora")
+UNSURE = 1e-2  # relative error from which a recomputed initial product is not unique enough
+EPS32 = 1.2e-7
+UNITS = {
+    "rank_before": "columns of the factors as stored",
+    "rank_after": "columns of the factors relative to the original base",
+    "update_norm": "Frobenius norm of the update relative to the original base",
+    "cancelled": "Frobenius norm of the initial product / update_norm: what was never learned",
+    "uncertainty": "error of the recomputed initial product / update_norm, estimated (0 with --initial)",
+}
+
+
+def initialisation(config: Mapping[str, Any]) -> str | None:
+    """Return how the base was altered when training began (``pissa``, ``pissa_niter_4``, ``kasa`` ...), or None."""
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(BY_INITIAL):
+        return init.lower()
+    return "kasa" if config.get("kasa_config") else None
+
+
+def refuse_altered(adapters: Sequence[Adapter], *, altered_base: bool) -> None:
+    """Raise UnsupportedError for an adapter that is relative to an altered base, unless the base is said to be that."""
+    for adapter in adapters:
+        init = initialisation(adapter.meta.config)
+        if init is not None and not altered_base:
+            raise UnsupportedError(
+                f"init_lora_weights={init!r} changed the base when training began: on the original base this adapter "
+                "would be wrong",
+                file=adapter.meta.path,
+                hint=f"{_advice(init)}; or pass --altered-base if BASE is the altered model saved at that time",
+            )
+
+
+def recover(adapter: Adapter, *, initial: Adapter | None = None, base: BaseLike | None = None) -> Adapter:
+    """Return the adapter relative to the original base, as plain LoRA of rank 2 r, re-orthogonalised.
+
+    ``initial``: the adapter as it was saved before the first step; exact then. Without it, ``base`` (the original one)
+    gives the initial product of ``pissa`` (not ``pissa_niter_*``: random) and ``olora``, where it is unique; PiSSA
+    costs one full SVD per module. A DoRA keeps its magnitude, with the recovered direction.
+
+    Raises UnsupportedError (with the reason) where neither can work, NeedsBaseError, MismatchError for an initial
+    adapter of other modules, NumericsError where the initial product is not unique.
+    """
+    init = initialisation(adapter.meta.config)
+    if init is None:
+        raise UnsupportedError(
+            "this adapter is relative to the original base already", file=adapter.meta.path,
+            got=f"init_lora_weights={adapter.meta.config.get('init_lora_weights')!r}",
+        )  # fmt: skip
+    opened = open_base(base)
+    _check_possible(init, initial, opened)
+    rows: list[Row] = []
+    updates: dict[str, Update] = {}
+    for name, update in adapter.items():
+        learned = low_rank(update)
+        if learned is None:
+            updates[name] = update
+            continue
+        start, unsure = _start(name, learned, init, initial, opened, adapter)
+        updates[name], row = _difference(name, update, learned, start, unsure)
+        rows.append(row)
+    meta = replace(
+        adapter.meta,
+        config={**adapter.meta.config, "init_lora_weights": True},
+        remarks=tuple(r for r in adapter.meta.remarks if not r.startswith("init_lora_weights=")),
+    )
+    how = "its initial adapter" if initial is not None else "the base"
+    done = Adapter(updates, meta).with_history(f"recover from {init} by {how}")
+    return replace(done, report=_report(rows, init, done))
+
+
+def _check_possible(init: str, initial: Adapter | None, base: Base | None) -> None:
+    if init == "kasa":
+        raise UnsupportedError(
+            "KaSA removed the smallest singular values of the base, which no saved adapter holds",
+            hint="merge it with PEFT on the machine that trained it",
+        )
+    if initial is not None:
+        return
+    if init not in BY_BASE:
+        raise UnsupportedError(
+            f"the initial factors of {init} cannot be computed again: they depend on {_cause(init)}",
+            hint="pass --initial DIR, the adapter as it was saved before training",
+        )
+    if base is None:
+        raise NeedsBaseError(
+            f"{init} subtracted its initial factors from the base",
+            hint="pass --initial DIR (the adapter saved before training), or --base with the original base",
+        )
+
+
+def _cause(init: str) -> str:
+    if "niter" in init:
+        return "a randomised decomposition"
+    return "the quantiser used in training" if init == "loftq" else "the training data"
+
+
+def _advice(init: str) -> str:
+    if init == "kasa":
+        return "merge it with PEFT on the machine that trained it"
+    by_base = " (or --base BASE)" if init in BY_BASE else ""
+    return f"make it plain LoRA first: loratools recover IN --initial DIR{by_base}"
+
+
+def _start(
+    name: str, learned: LowRank, init: str, initial: Adapter | None, base: Base | None, adapter: Adapter
+) -> tuple[LowRank, float]:
+    """Return s B0 A0 and the estimated absolute error of its recomputation."""
+    if initial is not None:
+        found = low_rank(initial[name]) if name in initial else None
+        if found is None or found.shape != learned.shape:
+            raise MismatchError(
+                "the initial adapter does not have this module", file=initial.meta.path, parameter=name,
+                expected=learned.shape, got="nothing" if found is None else found.shape,
+            )  # fmt: skip
+        return found, 0.0
+    assert base is not None  # _check_possible
+    stored = base.resolve([name])[name]
+    if base.shapes[stored] != learned.shape:
+        raise MismatchError(
+            "the base has another shape", parameter=name, expected=learned.shape, got=base.shapes[stored]
+        )
+    if init == "olora" and adapter.meta.layout.get(name, {}).get("stored") == "in_out":
+        raise UnsupportedError("OLoRA on a transposed (Conv1D) parameter: not recomputed", parameter=name)
+    w = up(base[stored], "float64")
+    return (_pissa(w, learned) if init == "pissa" else _olora(w, learned)) if w.ndim == 2 else _refuse(name)
+
+
+def _refuse(name: str) -> tuple[LowRank, float]:
+    raise UnsupportedError("the initial factors of a convolution are not recomputed", parameter=name)
+
+
+def _pissa(w: Any, learned: LowRank) -> tuple[LowRank, float]:
+    """Return the r leading singular triplets of W; the gap behind them says how well fp32 determined them."""
+    u, s, vh = thin_svd(w)
+    r = min(learned.rank, int(s.shape[0]))
+    first, last, after = float(s[0]), float(s[r - 1]), float(s[r]) if r < s.shape[0] else 0.0
+    gap = max(last - after, 1e-300)
+    return LowRank(u[:, :r] * s[:r], vh[:r, :]), 4 * EPS32 * first * (1.0 + last / gap) * r**0.5
+
+
+def _olora(w: Any, learned: LowRank) -> tuple[LowRank, float]:
+    """Return Q_r R_r of the QR of W: W projected on its first r columns, whatever the signs."""
+    xp = namespace(w)
+    q = xp.linalg.qr(w[:, : learned.rank])[0]
+    s = xp.linalg.svdvals(w[:, : learned.rank])
+    condition = float(s[0]) / max(float(s[-1]), 1e-300)
+    product = LowRank(q, q.T @ w, learned.scale)
+    return product, 4 * EPS32 * condition * abs(learned.scale) * float(xp.linalg.matrix_norm(q.T @ w))
+
+
+def _difference(
+    name: str, update: Update, learned: LowRank, start: LowRank, unsure: float
+) -> tuple[Update, dict[str, Any]]:
+    b, a = (up(x, "float64") for x in (learned.b, learned.a))
+    b0, a0 = (up(x, "float64") for x in (start.b, start.a))
+    xp = namespace(b, b0)
+    tall = xp.concat([learned.scale * b, -start.scale * b0], axis=1)
+    result = factored.truncate(tall, xp.concat([a, a0], axis=0), lambda s: int(s.shape[0]))
+    norm = float(xp.sum(result.singular_values**2)) ** 0.5
+    if unsure > UNSURE * norm:
+        raise NumericsError(
+            "the initial product cannot be recomputed from the base: its singular values do not part clearly",
+            parameter=name,
+            expected=f"an error below {UNSURE:g} of the update",
+            got=f"{unsure / norm if norm else float('inf'):.2g}",
+            hint="pass --initial DIR, the adapter as it was saved before training",
+        )
+    row = {
+        "name": name,
+        "rank_before": learned.rank,
+        "rank_after": result.rank,
+        "update_norm": norm,
+        "cancelled": factored.frobenius(b0, a0, scale=start.scale) / norm if norm else None,
+        "uncertainty": unsure / norm if norm else 0.0,
+    }
+    return with_low_rank(update, canonical(learned, result)), row
+
+
+def _report(rows: Sequence[Row], init: str, done: Adapter) -> Report:
+    total = {
+        "modules": len(rows),
+        "rank_before": max((row["rank_before"] for row in rows), default=None),
+        "rank_after": max((row["rank_after"] for row in rows), default=None),
+        "update_norm": sum(row["update_norm"] ** 2 for row in rows) ** 0.5,
+        "uncertainty": max((row["uncertainty"] for row in rows), default=0.0),
+    }
+    loftq = ["LoftQ: exact up to what its quantised start missed of the original weights"] if init == "loftq" else []
+    return Report("loratools.recover/1", tuple(rows), total, UNITS, (*done.meta.remarks, *loftq))

@@ -1,0 +1,32 @@
+"""resize: exactly one rank everywhere, up or down."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loratools.core.adapter import Adapter
+from loratools.files import BaseLike
+from loratools.kinds.lowrank import low_ranks
+from loratools.ops.ranks import Target
+from loratools.ops.squeeze import How, squeezed
+
+
+def resize(
+    adapter: Adapter,
+    *,
+    rank: int,
+    dtype: str | None = None,
+    base: BaseLike | None = None,
+    allow_nonfinite: bool = False,
+) -> Adapter:
+    """Return the adapter with exactly ``rank`` columns in every module.
+
+    Down: the optimal truncation. Up: zero columns in b keep the function, random rows in a let the new channels train.
+    Scales are kept, so that training can go on as it was. DoRA magnitudes as in ``squeeze``. ``report`` has the same
+    figures; the same errors are raised.
+    """
+    target = Target(rank=rank)
+    ranks = {name: rank for name, update in adapter.items() if low_ranks(update) is not None}
+    done, report = squeezed(adapter, How(target, ranks, dtype, True, allow_nonfinite), base)
+    report = report.with_(schema="loratools.resize/1")
+    return replace(done.with_history(f"resize rank={rank}"), report=report)

@@ -1,0 +1,1 @@
+"""Reports in forms that other programs and people read. Nothing is computed here."""
