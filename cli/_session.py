@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -74,8 +73,7 @@ def working(*, threads: int | None, quiet: bool, total_bytes: int) -> Iterator[N
         yield
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Where a writing command puts its result, and how it tells about it."""
 
     path: Path

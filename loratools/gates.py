@@ -11,8 +11,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from loratools.errors import UsageError
 from loratools.report import Report
@@ -28,8 +27,7 @@ _OPS: dict[str, Callable[[float, float], bool]] = {
 _COMPARISON = re.compile(r"\s*(?P<name>[a-z][a-z_.0-9]*)\s*(?P<op>>=|<=|==|!=|>|<)\s*(?P<number>[-+.0-9eE]+)\s*")
 
 
-@dataclass(frozen=True)
-class Gate:
+class Gate(NamedTuple):
     """One comparison: the gate fails where it is true."""
 
     expr: str

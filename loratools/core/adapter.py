@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loratools.core.pool import parallel_map
 from loratools.core.update import Update, is_tensor, nbytes, tensors
@@ -17,8 +17,7 @@ from loratools.report import Report
 CPU_BATCH_BYTES = 1  # one update per task: small matrices stay in cache, and the pool balances the load
 
 
-@dataclass(frozen=True)
-class Absorbed:
+class Absorbed(NamedTuple):
     """The tensors of a file (by key) that ``update`` says in a simpler form; as long as it is the same object."""
 
     update: Update

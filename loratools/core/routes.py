@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from loratools.core.update import KINDS, Update
 
@@ -13,8 +12,7 @@ U = TypeVar("U", bound=Update)
 LOSS = 1000.0  # any exact detour is cheaper than one lossy step
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """One edge: ``run`` turns a ``source`` into a ``target``; ``cost`` orders exact routes by growth in bytes."""
 
     source: type[Update]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +31,7 @@ class Entry(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What a safetensors file says about itself; ``entries`` in the order of their bytes."""
 
     path: Path

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from loratools.errors import FileError, FormatError, LoratoolsError, MismatchError
 from loratools.io.atomic import fill_directory, replacing
@@ -23,8 +23,7 @@ __all__ = ["TensorPlan", "check_output", "copy_small_files", "write_directory", 
 _ORDER = {name: i for i, name in enumerate(CODES)}
 
 
-@dataclass(frozen=True)
-class TensorPlan:
+class TensorPlan(NamedTuple):
     """A tensor to be written: its name, the name of its dtype, its shape."""
 
     name: str
@@ -37,8 +36,7 @@ class TensorPlan:
         return prod(self.shape) * ITEMSIZE[self.dtype]
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """A safetensors file before its tensors: the header's bytes, and where each tensor begins."""
 
     header: bytes

@@ -7,7 +7,6 @@ be trusted; otherwise it is redone with fp64 Gram matrices, and then by QR, whic
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 from typing import NamedTuple
 
@@ -22,8 +21,7 @@ from loratools.linalg.select import energy_kept, numerical_rank, tail_error
 Choose = Callable[[Array], int]
 
 
-@dataclass(frozen=True)
-class Truncation:
+class Truncation(NamedTuple):
     """A product cut to ``rank``: ``b (m, k) @ a (k, n)`` with the scale folded in, and what was cut away.
 
     ``singular_values (min(R, m, n),)`` in fp64, descending, of the scaled product before the cut; on the route gram32
@@ -227,4 +225,4 @@ def _truncate_weighted(
     transposed = None if right is None else right.mT if right.ndim == 2 else right
     seen = truncate(weights.apply(left, b), weights.apply(transposed, a.mT).mT, choose, scale=scale)
     tall, wide = weights.solve(left, seen.b), weights.solve(transposed, seen.a.mT).mT
-    return replace(seen, b=down(tall, dtype_name(b)), a=down(wide, dtype_name(b)))
+    return seen._replace(b=down(tall, dtype_name(b)), a=down(wide, dtype_name(b)))

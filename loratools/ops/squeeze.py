@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import NamedTuple
 
 from loratools.core.adapter import Adapter
 from loratools.core.update import Leaf, Update, tensors
@@ -154,8 +155,7 @@ def rest_is_finite(update: Update) -> bool:
     return all(all_finite(t.read() if isinstance(t, Leaf) else t) for t in rest)
 
 
-@dataclass(frozen=True)
-class Magnitudes:
+class Magnitudes(NamedTuple):
     """DoRA magnitudes that follow their squeezed directions, where a base is given; names are resolved once."""
 
     base: Base | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 PREFIX = "base_model.model."
 SAVED, ORIGINAL = ".modules_to_save.", ".original_module."
@@ -16,8 +16,7 @@ _LEAVES = (
 _NAMED = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag")
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """A parsed key. ``leaf`` is ``lora_A.weight`` and the like, or "" for a plain parameter, whose name is ``path``."""
 
     path: str
@@ -25,11 +24,16 @@ class Key:
     adapter: str | None = None
 
 
-def parse(key: str) -> Key:
-    """Split a key into module path and leaf; prefix, compile wrappers and a left-in adapter name are taken off."""
+def unwrapped(key: str) -> str:
+    """Return a key without the segments that compiling, sharding and checkpointing put into it."""
     for wrapper in _WRAPPERS:
         key = key.replace(wrapper, "")
-    bare = key.removeprefix(PREFIX)
+    return key
+
+
+def parse(key: str) -> Key:
+    """Split a key into module path and leaf; prefix, compile wrappers and a left-in adapter name are taken off."""
+    bare = unwrapped(key).removeprefix(PREFIX)
     segments = bare.split(".")
     at = next((i for i, segment in enumerate(segments) if i and segment.startswith(_LEAVES)), None)
     if at is None:

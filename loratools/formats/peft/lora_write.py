@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from loratools.core.adapter import Adapter
 from loratools.core.lazy import Tensor, lazily, widened
@@ -31,8 +31,7 @@ from loratools.kinds.stack import Stack
 from loratools.linalg.namespace import down, dtype_name, up, working_dtype
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """The place of one factored update: its form, module path, layout, and the paths that the config's patterns see."""
 
     update: Update

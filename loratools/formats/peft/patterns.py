@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import comb, inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from loratools.errors import FormatError
 
@@ -71,8 +71,7 @@ class _Cost:
 _FOR_EVER = _Cost(inf, inf)
 
 
-@dataclass(frozen=True)
-class _Key:
+class _Key(NamedTuple):
     """A compiled key with what it may cost."""
 
     key: str

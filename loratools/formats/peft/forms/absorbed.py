@@ -12,8 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from loratools.core.lazy import block_diagonal, lazily, repeated
 from loratools.core.update import Array, Leaf, namespace
@@ -24,8 +23,7 @@ from loratools.linalg.namespace import down, up, working_dtype
 DIAGONAL, LATENT = "lora_diag", "lora_latent_mapping.weight"
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """b, a and what the scale is to be multiplied with; ``rank`` is that of the scale where it is not a's height."""
 
     b: Any
@@ -35,8 +33,7 @@ class Factors:
     absorbed: bool = False
 
 
-@dataclass(frozen=True)
-class Parametrisation:
+class Parametrisation(NamedTuple):
     """When a module has it, and how it becomes a pair; ``leaves`` are those it adds."""
 
     applies: Callable[[Module], bool]
@@ -54,14 +51,14 @@ def _kasa(m: Module, f: Factors) -> Factors:
     d = m[DIAGONAL]
     if d.shape != f.a.shape[:1]:
         raise FormatError("KaSA's diagonal does not fit", parameter=m.path, expected=f.a.shape[:1], got=d.shape)
-    return replace(f, a=_product(f.a, d, f.a.shape, lambda a, x: x[:, None] * a))
+    return f._replace(a=_product(f.a, d, f.a.shape, lambda a, x: x[:, None] * a))
 
 
 def _latent(m: Module, f: Factors) -> Factors:
     core, r = m[LATENT], f.a.shape[0]
     if core.shape != (r, r) or f.b.shape[1:] != (r,):
         raise FormatError("the core of LoRA-XS does not fit", parameter=m.path, expected=(r, r), got=core.shape)
-    return replace(f, b=_product(f.b, core, f.b.shape, lambda b, x: b @ x))
+    return f._replace(b=_product(f.b, core, f.b.shape, lambda b, x: b @ x))
 
 
 def _bd_side(m: Module) -> str | None:
@@ -83,7 +80,7 @@ def _bd(m: Module, f: Factors) -> Factors:
     if not isinstance(blocks, int) or blocks < 1 or factor.shape[0] % blocks:
         raise FormatError("use_bdlora: nblocks does not divide", parameter=m.path, expected=factor.shape[0], got=blocks)
     spread = block_diagonal(factor, blocks)
-    return replace(f, a=spread) if side == "a" else replace(f, b=spread)
+    return f._replace(a=spread) if side == "a" else f._replace(b=spread)
 
 
 def may_be_pooled(m: Module) -> bool:
@@ -106,7 +103,7 @@ def _qalora(m: Module, f: Factors) -> Factors:
     if not isinstance(size, int) or size < 1 or groups * size != width:
         got = f"{groups} groups of {size}"
         raise MismatchError("QALoRA's groups do not fit the base", parameter=m.path, expected=width, got=got)
-    return replace(f, a=repeated(f.a, size), times=groups / size)
+    return f._replace(a=repeated(f.a, size), times=groups / size)
 
 
 def _merged(m: Module, f: Factors) -> Factors:
@@ -125,7 +122,7 @@ def _merged(m: Module, f: Factors) -> Factors:
                           got=f"A {f.a.shape}, B {f.b.shape}")  # fmt: skip
     size = rows // parts
     spread = block_diagonal(f.b.reshape((rows, r)), parts)
-    return replace(f, b=_with_gaps(spread, enabled, size), rank=r)
+    return f._replace(b=_with_gaps(spread, enabled, size), rank=r)
 
 
 def _with_gaps(b: Any, enabled: list[bool], size: int) -> Any:

@@ -87,8 +87,7 @@ class OtherRank(NamedTuple):
 Remark = str | OtherRank
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """One parameter that a module changes. ``layout`` is what the writer needs to say it again.
 
     ``absorbed``: the update holds less than the file said, so only the file's own tensors say it again exactly.

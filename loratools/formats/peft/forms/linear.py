@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from loratools.core.lazy import Tensor
 from loratools.formats.peft.forms.absorbed import PARAMETRISATIONS, Factors, may_be_pooled
@@ -45,7 +44,7 @@ class Linear(Form):
         found = [p for p in PARAMETRISATIONS if p.applies(m)]
         for p in found:
             plain = p.absorb(m, plain)
-        return replace(plain, absorbed=bool(found))
+        return plain._replace(absorbed=bool(found))
 
     def shape(self, m: Module) -> tuple[int, int]:
         """Return (out, in)."""
