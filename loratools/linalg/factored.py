@@ -13,7 +13,6 @@ from typing import NamedTuple
 from loratools.dispatch import accelerable
 from loratools.errors import NumericsError, UsageError
 from loratools.leaf import Array, Leaf
-from loratools.linalg import weights
 from loratools.linalg.gram import FP32, FP64, Precision, balanced, cross, grams, spectrum, trusted
 from loratools.linalg.namespace import all_finite, down, dtype_name, namespace, overflow_checked, up, working_dtype
 from loratools.linalg.select import energy_kept, numerical_rank, tail_error
@@ -46,30 +45,19 @@ class SVD(NamedTuple):
     vh: Array
 
 
-def truncate(
-    b: Leaf | Array,
-    a: Leaf | Array,
-    choose: Choose,
-    *,
-    scale: float = 1.0,
-    left: Array | None = None,
-    right: Array | None = None,
-) -> Truncation:
+def truncate(b: Leaf | Array, a: Leaf | Array, choose: Choose, *, scale: float = 1.0) -> Truncation:
     """Cut ``D = scale * b @ a`` to the best approximation of rank ``choose(singular values)``.
 
     b (m, R), a (R, n) of any float dtype -> factors in fp32 (fp64 if one input is), balanced: B'^T B' = A' A'^T =
-    diag(s_1 .. s_k). ``choose`` must be a pure function of the spectrum; its answer is capped at min(R, m, n).
-    ``left``/``right``: weights P (m,) or (m, m) and Q (n,) or (n, n), diagonals or triangular Cholesky factors; then
-    |P (D - D') Q| is minimised, and spectrum, energy, error and balance are those of P D Q.
+    diag(s_1 .. s_k). ``choose`` must be a pure function of the spectrum; its answer is capped at min(R, m, n). For
+    weighted norms see :mod:`loratools.linalg.weighted`.
 
     Cost 2 (m + n) R (R + k) flops + O(R^3). Guarantee: Frobenius error at most 1e-6 |D| above the optimum. Directions
     below 1e-7 s_1 get a zero column in B' and a unit row in A', so that they stay trainable; so does a zero product.
     Raises UsageError for shapes that do not fit, NumericsError for values that are not finite.
     """
-    if left is not None or right is not None:
-        return _truncate_weighted(b, a, choose, scale=scale, left=left, right=right)
-    b, a = _factors(b, a, scale)
-    choose = _capped(choose)
+    b, a = checked_factors(b, a, scale)
+    choose = capped(choose)
     for precision in (FP64,) if dtype_name(b) == "float64" else (FP32, FP64):
         result = _truncate_gram(b, a, choose, scale, precision)
         if result is not None:
@@ -87,10 +75,10 @@ def truncate_many(
 
 def truncate_qr(b: Leaf | Array, a: Leaf | Array, choose: Choose, *, scale: float = 1.0) -> Truncation:
     """Do what :func:`truncate` does by QR of both factors in fp64: the reference, at several times the cost."""
-    b, a = _factors(b, a, scale)
+    b, a = checked_factors(b, a, scale)
     xp = namespace(b, a)
     u, s, vh = svd(up(b, "float64"), up(a, "float64"), scale=scale)
-    k = _capped(choose)(s)
+    k = capped(choose)(s)
     alive = s[:k] > 1e-7 * s[0]
     root = xp.sqrt(xp.where(alive, s[:k], 0.0))
     tall = down(u[:, :k] * root, dtype_name(b))
@@ -106,7 +94,7 @@ def svd(b: Leaf | Array, a: Leaf | Array, *, scale: float = 1.0) -> SVD:
     in fp64. Cost 4 (m + n) R^2 + O(R^3) flops. s is accurate to a few eps |b| |a|. Raises NumericsError for values that
     are not finite.
     """
-    b, a = _factors(b, a, scale)
+    b, a = checked_factors(b, a, scale)
     if not (all_finite(b) and all_finite(a)):
         raise NumericsError("a factor is not finite")
     xp = namespace(b, a)
@@ -122,7 +110,7 @@ def singular_values(b: Leaf | Array, a: Leaf | Array, *, scale: float = 1.0) -> 
 
     fp64 Gram matrices where these give every value to a relative 1e-8, QR otherwise (then to a few eps s_1).
     """
-    b, a = _factors(b, a, scale)
+    b, a = checked_factors(b, a, scale)
     found = spectrum(b, a, FP64, scale)
     if found is not None and 1e8 * found.noise <= float(found.s[-1]) ** 2:
         return found.s
@@ -131,7 +119,7 @@ def singular_values(b: Leaf | Array, a: Leaf | Array, *, scale: float = 1.0) -> 
 
 def frobenius(b: Leaf | Array, a: Leaf | Array, *, scale: float = 1.0) -> float:
     """Return ``|scale * b @ a|_F`` in O((m + n) R^2), right to 1e-6 also where the product nearly cancels."""
-    b, a = _factors(b, a, scale)
+    b, a = checked_factors(b, a, scale)
     xp = namespace(b, a)
     gb, ga = grams(b, a, dtype_name(b))
     with overflow_checked():
@@ -148,8 +136,8 @@ def inner(b1: Leaf | Array, a1: Leaf | Array, b2: Leaf | Array, a2: Leaf | Array
     fp32 products (fp64 if an input is, or lies near the ends of fp32) with fp64 sums: absolute error about
     1e-7 |b1| |a1| |b2| |a2|. Raises NumericsError for values that are not finite.
     """
-    b1, a1 = _factors(b1, a1)
-    b2, a2 = _factors(b2, a2)
+    b1, a1 = checked_factors(b1, a1)
+    b2, a2 = checked_factors(b2, a2)
     if (b1.shape[0], a1.shape[1]) != (b2.shape[0], a2.shape[1]):
         raise UsageError("products of different shapes", expected=(b1.shape[0], a1.shape[1]))
     dtype = "float32" if all(map(_short, (b1, a1, b2, a2))) else "float64"
@@ -166,7 +154,7 @@ def _short(x: Array) -> bool:
     return dtype_name(x) == "float32" and 1e-12 < max(float(xp.max(x)), -float(xp.min(x))) < 1e15
 
 
-def _factors(b: Leaf | Array, a: Leaf | Array, scale: float = 1.0) -> tuple[Array, Array]:
+def checked_factors(b: Leaf | Array, a: Leaf | Array, scale: float = 1.0) -> tuple[Array, Array]:
     """Return both factors in one compute dtype, after the checks that every function here needs."""
     if len(b.shape) != 2 or len(a.shape) != 2 or b.shape[1] != a.shape[0] or 0 in (*b.shape, *a.shape):
         raise UsageError(
@@ -178,16 +166,16 @@ def _factors(b: Leaf | Array, a: Leaf | Array, scale: float = 1.0) -> tuple[Arra
     return up(b, dtype), up(a, dtype)
 
 
-def _capped(choose: Choose) -> Choose:
+def capped(choose: Choose) -> Choose:
     """Return ``choose`` with its answer checked and capped at the number of singular values."""
 
-    def capped(s: Array) -> int:
+    def within(s: Array) -> int:
         k = int(choose(s))
         if k < 1:
             raise UsageError("a rank must be positive", expected=f"1 to {s.shape[0]}", got=k)
         return min(k, int(s.shape[0]))
 
-    return capped
+    return within
 
 
 def _truncate_gram(b: Array, a: Array, choose: Choose, scale: float, precision: Precision) -> Truncation | None:
@@ -215,14 +203,3 @@ def _zero(b: Array, a: Array, choose: Choose, route: str) -> Truncation:
     rows = xp.linalg.qr(up(a[:k, :].mT, "float64"))[0].mT
     tall = xp.zeros((b.shape[0], k), dtype=b.dtype, device=b.device)
     return Truncation(tall, down(rows, dtype_name(b)), s, k, 1.0, 0.0, route)
-
-
-def _truncate_weighted(
-    b: Leaf | Array, a: Leaf | Array, choose: Choose, *, scale: float, left: Array | None, right: Array | None
-) -> Truncation:
-    """Truncate ``P b a Q``, then take the weights off again (right weights through the transpose)."""
-    b, a = _factors(b, a, scale)
-    transposed = None if right is None else right.mT if right.ndim == 2 else right
-    seen = truncate(weights.apply(left, b), weights.apply(transposed, a.mT).mT, choose, scale=scale)
-    tall, wide = weights.solve(left, seen.b), weights.solve(transposed, seen.a.mT).mT
-    return seen._replace(b=down(tall, dtype_name(b)), a=down(wide, dtype_name(b)))

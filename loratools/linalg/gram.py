@@ -90,16 +90,21 @@ def spectrum(b: Array, a: Array, precision: Precision, scale: float = 1.0) -> Sp
         return None
     if _underflowed(nb, na, precision.faint) and not (_is_zero(nb, b) or _is_zero(na, a)):
         return None
-    gauge = _gauge(nb, na)
+    return of_grams(gb, ga, min(*b.shape, *a.shape), precision.noise, scale)
+
+
+def of_grams(gb: Array, ga: Array, count: int, noise: float, scale: float = 1.0) -> Spectrum | None:
+    """Return the ``count`` leading values out of the Gram matrices, known to ``noise`` relative to their sizes."""
+    xp = namespace(gb, ga)
+    gauge = _gauge(xp.linalg.diagonal(gb), xp.linalg.diagonal(ga))
     gb, ga = gb * (scale / gauge[:, None]) * (scale / gauge), ga * gauge[:, None] * gauge
     size = float(xp.linalg.matrix_norm(ga)) * float(xp.linalg.matrix_norm(gb))
-    factor = _root(ga, precision.noise) if size else xp.zeros_like(ga)
+    factor = _root(ga, noise) if size else xp.zeros_like(ga)
     if factor is None:
         return None
-    count = min(*b.shape, *a.shape)
     energies, v = xp.linalg.eigh(factor.mT @ gb @ factor)
     s = xp.sqrt(xp.clip(xp.flip(energies)[:count], 0.0, None))
-    return Spectrum(s, factor @ xp.flip(v, axis=1)[:, :count], gb, gauge, scale, precision.noise * size)
+    return Spectrum(s, factor @ xp.flip(v, axis=1)[:, :count], gb, gauge, scale, noise * size)
 
 
 def balanced(found: Spectrum, k: int) -> tuple[Array, Array]:

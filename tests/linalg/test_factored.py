@@ -368,60 +368,6 @@ def test_truncate_many_is_a_loop_that_kernels_may_replace(array):
     assert "loratools.linalg.factored.truncate_many" in table()
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
-def weighted_optimum(b, a, p, q, k):
-    """The best rank-k cut in the norm |P . Q|, dense, in fp64."""
-    u, s, vh = np.linalg.svd(p @ (b.astype(float) @ a) @ q, full_matrices=False)
-    return np.linalg.solve(p, u[:, :k] * s[:k]) @ vh[:k] @ np.linalg.inv(q), np.linalg.norm(s[k:]), np.linalg.norm(s)
-
-
-def weights(rng, m, form):
-    """A weight as it is passed and as a matrix."""
-    if form == "none":
-        return None, np.eye(m)
-    if form == "diagonal":
-        d = rng.uniform(0.1, 10, m)
-        return d, np.diag(d)
-    factor = np.linalg.cholesky(np.cov(rng.standard_normal((m, 3 * m))) + 0.1 * np.eye(m))
-    return (factor, factor) if form == "lower" else (factor.T, factor.T)
-
-
-@pytest.mark.parametrize("left", ["none", "diagonal", "lower", "upper"])
-@pytest.mark.parametrize("right", ["none", "diagonal", "lower", "upper"])
-def test_weighted_truncation_is_optimal_in_its_norm(array, left, right):
-    rng = np.random.default_rng(0)
-    b, a = rng.standard_normal((20, 6)).astype(np.float32), rng.standard_normal((6, 15)).astype(np.float32)
-    (p, P), (q, Q) = weights(rng, 20, left), weights(rng, 15, right)
-    result = factored.truncate(
-        array(b), array(a), fixed(3), left=None if p is None else array(p), right=None if q is None else array(q)
-    )
-    best, tail, norm = weighted_optimum(b, a, P, Q, 3)
-    cut = to_numpy(up(result.b, "float64")) @ to_numpy(up(result.a, "float64"))
-    assert np.linalg.norm(P @ (b.astype(float) @ a - cut) @ Q) <= tail + EXCESS * norm
-    assert np.linalg.norm(cut - best) <= 1e-4 * np.linalg.norm(best)  # fp32 factors times the condition of the weights
-    assert result.error == pytest.approx(tail / norm, rel=1e-6)
-    assert dtype_name(result.b) == "float32"
-
-
-@pytest.mark.parametrize(
-    ("weight", "error", "match"),
-    [
-        (np.ones(3), UsageError, "wrong shape"),
-        (np.ones((4, 4)), UsageError, "not triangular"),
-        (np.array([1.0, 2, 0, 1]), NumericsError, "not invertible"),
-        (np.triu(np.ones((4, 4)), k=1), NumericsError, "not invertible"),
-        (np.array([1.0, 2, np.nan, 1]), NumericsError, "not invertible"),
-    ],
-)
-def test_weights_that_cannot_be_taken_off_are_refused(array, weight, error, match):
-    b, a = array(np.ones((4, 2))), array(np.ones((2, 4)))
-    for side in ("left", "right"):
-        with pytest.raises(error, match=match):
-            factored.truncate(b, a, fixed(1), **{side: array(weight)})
-
-
 # --- the other functions ----------------------------------------------------------------------------------------------
 
 
