@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from functools import cache
 from math import prod
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -87,23 +88,31 @@ class Delta(Update):
 
 def tensors(update: Update) -> Iterator[tuple[str, Leaf | Array]]:
     """Yield (dotted field name, tensor) of an update and of the kinds inside it, in field order."""
-    for field in fields(update):  # type: ignore[arg-type]  # every kind is a dataclass
-        yield from _tensors_of(field.name, getattr(update, field.name))
+    for name in _field_names(type(update)):
+        value = getattr(update, name)
+        if is_tensor(value):
+            yield name, value
+        elif isinstance(value, Update | tuple):
+            yield from _inside(name, value)
 
 
-def _tensors_of(name: str, value: Any) -> Iterator[tuple[str, Leaf | Array]]:
+@cache
+def _field_names(cls: type[Update]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls))  # type: ignore[arg-type]  # every kind is a dataclass
+
+
+def _inside(name: str, value: Update | tuple[Any, ...]) -> Iterator[tuple[str, Leaf | Array]]:
+    """Yield the tensors of a kind, or of a tuple of kinds, under its name."""
     if isinstance(value, Update):
         yield from ((f"{name}.{inner}", t) for inner, t in tensors(value))
-    elif isinstance(value, tuple) and value and isinstance(value[0], Update):
+    elif value and isinstance(value[0], Update):
         for i, part in enumerate(value):
-            yield from _tensors_of(f"{name}.{i}", part)
-    elif is_tensor(value):
-        yield name, value
+            yield from _inside(f"{name}.{i}", part)
 
 
 def is_tensor(value: Any) -> bool:
     """True for leaves and arrays, false for numbers, tuples and kinds."""
-    return isinstance(value, Leaf) or (hasattr(value, "shape") and hasattr(value, "dtype") and not is_dataclass(value))
+    return isinstance(value, Leaf) or (hasattr(value, "dtype") and hasattr(value, "shape") and not is_dataclass(value))
 
 
 def nbytes(update: Update) -> int:

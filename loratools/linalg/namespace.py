@@ -87,8 +87,11 @@ def up(x: Leaf | Array, dtype: str = "float32") -> Array:
         return x.to(getattr(torch, dtype))
     if dtype_name(x) == dtype:
         return x
+    x = _widen(x)
+    if dtype_name(x) == dtype:
+        return x
     with overflow_checked():  # NumPy warns of some NaN patterns
-        return _widen(x).astype(dtype, copy=False)
+        return x.astype(dtype)
 
 
 def _buffer(nbytes: int) -> Array:
