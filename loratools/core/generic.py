@@ -66,6 +66,12 @@ def _columns(d: Delta, start: int) -> Array:
     return up(d.matmul(xp.eye(n, min(BLOCK, n - start), k=-start, dtype=like.dtype)), "float64")
 
 
+@singledispatch
+def transposed(u: Update) -> Update:
+    """Return the same change of the transposed parameter: W^T -> (W')^T; for two axes. Nothing is read or formed."""
+    raise ConversionError(f"a {u.kind} update has no transpose", got=u.shape)
+
+
 def norm(u: Update) -> float:
     """Return the Frobenius norm of an update."""
     return float(max(inner(u, need_delta(u)), 0.0) ** 0.5)

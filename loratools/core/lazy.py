@@ -16,6 +16,11 @@ def lazily(t: Tensor, shape: tuple[int, ...], change: Callable[[Array], Array]) 
     return change(t)
 
 
+def computed(shape: tuple[int, ...], compute: Callable[[], Array], dtype: str = "float32") -> Leaf:
+    """Return the handle of a tensor that is computed, at this shape and dtype, when it is read."""
+    return Leaf(shape, dtype, lambda out: compute())
+
+
 def reshaped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return a tensor in another shape, row-major."""
     return t.reshape(shape)

@@ -50,6 +50,11 @@ class Dense(Delta):
         return cls(seeds.uniform(seeds.key_of(seed, "dense"), 5, 7) - 0.5, 2.0)
 
 
+@generic.transposed.register(Dense)
+def _(u: Dense) -> Dense:
+    return Dense(u.d.T, u.scale)
+
+
 @generic.svd.register(Dense)
 def _(u: Dense, k: int, *, seed: int = 0) -> SVD:
     if not 1 <= k <= min(u.matrix_shape):

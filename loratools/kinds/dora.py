@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from loratools.core.generic import need_delta
+from loratools.core.generic import need_delta, transposed
 from loratools.core.pool import parallel_map
 from loratools.core.rows import Rows, row_ranges, rowwise, slice_rows
 from loratools.core.update import Array, Delta, Leaf, Update, kind, namespace, shape_of, tensor_bytes, working_dtype
@@ -79,6 +79,11 @@ class Dora(Update):
     def example(cls, seed: int) -> Self:
         """A 5 x 7 direction of rank 3 with magnitudes near 1."""
         return cls(LowRank.example(seed), seeds.uniform(seeds.key_of(seed, "dora"), 5, 1)[:, 0] + 0.5)
+
+
+@transposed.register(Dora)
+def _(u: Dora) -> Dora:
+    return replace(u, direction=need_delta(transposed(u.direction)), axis=1 - u.axis)
 
 
 @dataclass(frozen=True)

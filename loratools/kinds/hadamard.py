@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from loratools.core import generic
+from loratools.core.generic import need_delta, transposed
 from loratools.core.routes import route
 from loratools.core.update import Array, Delta, Update, kind
 from loratools.errors import FormatError
@@ -67,6 +68,11 @@ def khatri_rao(left: LowRank, right: LowRank, scale: float) -> LowRank:
     b = (b1[:, :, None] * b2[:, None, :]).reshape(b1.shape[0], -1)
     a = (a1[:, None, :] * a2[None, :, :]).reshape(-1, a1.shape[1])
     return LowRank(b, a, scale * left.scale * right.scale, left.shape)
+
+
+@generic.transposed.register(Hadamard)
+def _(u: Hadamard) -> Hadamard:
+    return Hadamard(need_delta(transposed(u.left)), need_delta(transposed(u.right)), u.scale)
 
 
 @generic.svd.register(Hadamard)

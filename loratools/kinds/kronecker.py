@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from loratools.core import generic
+from loratools.core.generic import need_delta, transposed
 from loratools.core.routes import route
 from loratools.core.update import Array, Delta, Update, kind
 from loratools.errors import FormatError
@@ -85,6 +86,11 @@ def _factors(u: Kronecker) -> LowRank:
     dtype = working_dtype(p.b, p.a, q.b, q.a)
     (b1, a1), (b2, a2) = p.factors(dtype), q.factors(dtype)
     return LowRank(kron(b1, b2), kron(a1, a2), u.scale * p.scale * q.scale, u.shape)
+
+
+@generic.transposed.register(Kronecker)
+def _(u: Kronecker) -> Kronecker:
+    return Kronecker(need_delta(transposed(u.p)), need_delta(transposed(u.q)), u.scale)
 
 
 @generic.svd.register(Kronecker)

@@ -170,6 +170,11 @@ def _(u: LowRank) -> LowRank:
     return u
 
 
+@generic.transposed.register(LowRank)
+def _(u: LowRank) -> LowRank:
+    return LowRank(u.a.T, u.b.T, u.scale)
+
+
 @generic.svd.register(LowRank)
 def _(u: LowRank, k: int, *, seed: int = 0) -> SVD:
     if not 1 <= k <= min(u.matrix_shape):

@@ -69,6 +69,11 @@ def _(u: Sum) -> LowRank | None:
     return concatenate(known) if len(known) == len(parts) else None
 
 
+@generic.transposed.register(Sum)
+def _(u: Sum) -> Sum:
+    return Sum(tuple(need_delta(generic.transposed(p)) for p in u.parts))
+
+
 @generic.inner.register(Sum)
 def _(u: Sum, v: Delta) -> float:
     return sum(generic.inner(p, v) for p in u.parts)

@@ -32,7 +32,7 @@ class Target:
     def holds(self, u: Update) -> bool:
         """True if the format can say the update here; a source's own format can say all that it said."""
         there = replace(self.adapter, updates={self.name: u, **_mates(self.adapter, self.name)})
-        return self.own or self.format.holds(there, self.name)
+        return (self.own and isinstance(u, self.format.accepts)) or self.format.holds(there, self.name)
 
     def kinds_but(self, u: Update) -> tuple[type[Update], ...]:
         """Return the kinds that the format accepts, without that of an update it does not hold here."""

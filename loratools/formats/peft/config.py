@@ -12,7 +12,7 @@ from loratools.errors import FormatError, MissingScaleError
 from loratools.formats.peft.patterns import resolver
 
 MAX_RANK = 1 << 20
-ALTERED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica", "eva_residual")
+ALTERED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,11 @@ def settings(config: Mapping[str, Any]) -> Settings:
         raise FormatError("adapter_config.json does not say r", expected="r, a positive integer")
     return Settings(
         r=_rank(config["r"], "r"),
-        lora_alpha=_number(config["lora_alpha"], "lora_alpha"),
-        use_rslora=_flag(config, "use_rslora"),
-        rank_pattern={key: _rank(value, f"rank_pattern[{key!r}]") for key, value in _table(config, "rank_pattern")},
-        alpha_pattern={
-            key: _number(value, f"alpha_pattern[{key!r}]") for key, value in _table(config, "alpha_pattern")
-        },
-        fan_in_fan_out=_flag(config, "fan_in_fan_out"),
+        lora_alpha=number(config["lora_alpha"], "lora_alpha"),
+        use_rslora=flag(config, "use_rslora"),
+        rank_pattern={key: _rank(value, f"rank_pattern[{key!r}]") for key, value in table(config, "rank_pattern")},
+        alpha_pattern={key: number(value, f"alpha_pattern[{key!r}]") for key, value in table(config, "alpha_pattern")},
+        fan_in_fan_out=flag(config, "fan_in_fan_out"),
     )
 
 
@@ -112,7 +110,8 @@ def _rank(value: Any, field: str) -> int:
     return value
 
 
-def _number(value: Any, field: str) -> float:
+def number(value: Any, field: str) -> float:
+    """Return a finite number; anything else is a :class:`FormatError` naming the field."""
     try:
         number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
     except OverflowError:  # an integer beyond every float
@@ -124,14 +123,16 @@ def _number(value: Any, field: str) -> float:
     return number
 
 
-def _flag(config: Mapping[str, Any], field: str) -> bool:
+def flag(config: Mapping[str, Any], field: str) -> bool:
+    """Return a field that is true or false; null and absent are false."""
     value = config.get(field)
     if value is not None and not isinstance(value, bool):
         raise FormatError(f"adapter_config.json: {field} is neither true nor false", got=repr(value)[:80])
     return bool(value)
 
 
-def _table(config: Mapping[str, Any], field: str) -> list[tuple[str, Any]]:
+def table(config: Mapping[str, Any], field: str) -> list[tuple[str, Any]]:
+    """Return the items of a field that is a table; null and absent are empty."""
     value = config.get(field) or {}
     if not isinstance(value, Mapping):
         raise FormatError(

@@ -25,11 +25,13 @@ def explained(name: str, key: str, config: Mapping[str, Any], adapted: Container
 
 def _is_bias(name: str, key: str, config: Mapping[str, Any], adapted: Container[str]) -> bool:
     bias = config.get("bias", "none")
-    if bias not in ("none", "all", "lora_only"):
-        raise FormatError("adapter_config.json: bias has an unknown value", expected="none, all or lora_only", got=bias)
+    own = isinstance(bias, str) and bias.endswith("_only")  # lora_only, vera_only, ...: of the adapted modules
+    if bias not in ("none", "all") and not own:
+        expected = "none, all or lora_only"
+        raise FormatError("adapter_config.json: bias has an unknown value", expected=expected, got=bias)
     if not name.endswith(".bias"):
         return False
-    return bool(bias == "all" or (bias == "lora_only" and (".base_layer." in key or name[: -len(".bias")] in adapted)))
+    return bool(bias == "all" or (own and (".base_layer." in key or name[: -len(".bias")] in adapted)))
 
 
 def _is_saved(name: str, config: Mapping[str, Any]) -> bool:

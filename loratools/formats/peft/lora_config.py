@@ -12,6 +12,7 @@ from typing import Any
 
 from loratools.core.adapter import Adapter
 from loratools.formats.pairs import is_turned
+from loratools.formats.peft.common_config import as_lora, is_lora
 from loratools.formats.peft.config import altered_base, settings
 from loratools.formats.peft.forms.tokens import INDICES, said_again
 from loratools.formats.peft.patterns import key_for
@@ -25,7 +26,7 @@ _ABSORBED: Mapping[str, Any] = {"kasa_config": None, "use_bdlora": None, "use_qa
 
 def written(adapter: Adapter, told: Told) -> dict[str, Any]:
     """Return a config for modules of the given ranks and scales, without settings that no longer mean anything."""
-    source = dict(adapter.meta.config) if adapter.meta.source == "peft" else {}
+    source = as_lora(adapter.meta.config) if adapter.meta.source == "peft" else {}
     ranks = {path: rank for path, (rank, _) in told.items()}
     alphas = {path: _alpha(rank, scale) for path, (rank, scale) in told.items()}
     r = max(ranks.values())
@@ -54,7 +55,7 @@ def written(adapter: Adapter, told: Told) -> dict[str, Any]:
 def holds(adapter: Adapter, told: Told) -> bool:
     """True if the config that the adapter came with says these ranks and scales, and these rows of tokens."""
     source = adapter.meta.config if adapter.meta.source == "peft" else {}
-    if not source or _rows(adapter, source) not in ({}, {INDICES: source.get(INDICES)}):
+    if not source or not is_lora(source) or _rows(adapter, source) not in ({}, {INDICES: source.get(INDICES)}):
         return False
     said = settings(source)
     rank_of, alpha_of = said.rank_of(), said.alpha_of()

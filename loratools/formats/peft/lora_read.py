@@ -3,45 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from loratools.core.adapter import Absorbed, Adapter, Meta
-from loratools.core.update import Leaf, Update
+from loratools.core.adapter import Adapter
 from loratools.errors import FormatError, UnsupportedError
-from loratools.formats.metadata import HISTORY, history_of
-from loratools.formats.peft.config import Settings, base_name, settings
-from loratools.formats.peft.extras import explained
+from loratools.formats.peft.config import Settings, settings
 from loratools.formats.peft.forms import form_of
 from loratools.formats.peft.forms.experts import order_of
-from loratools.formats.peft.forms.form import Found, Known, Module, Remark, check_leaves, told
+from loratools.formats.peft.forms.form import Known, Module, check_leaves, told
 from loratools.formats.peft.forms.linear import Linear
 from loratools.formats.peft.forms.wrappers import meanings, wrapped
-from loratools.formats.peft.keys import SAVED
 from loratools.formats.peft.lora_remarks import remarks_of
 from loratools.formats.peft.lora_sort import Sorted, sort_keys
 from loratools.formats.peft.orientation import orientations
+from loratools.formats.peft.reading import Reading
 from loratools.io.base import Base
 from loratools.io.bundle import Bundle
 from loratools.io.experts import stacked_shape, stored_apart
-from loratools.kinds.rebased import Rebased
-from loratools.kinds.replace import Replace
 
 _ARROW = "an Arrow router mixes other adapters token by token: it is no update of weights"
 _INVOKED = "an activated LoRA (alora_invocation_tokens) acts only on the tokens after its invocation"
 _REPLICATED = "layer_replication repeats layers of the base, which the base's file holds once"
-
-
-@dataclass
-class _Reading:
-    """What has been read so far."""
-
-    updates: dict[str, Update] = field(default_factory=dict)
-    layout: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    absorbed: dict[str, Absorbed] = field(default_factory=dict)
-    unmergeable: dict[str, str] = field(default_factory=dict)
-    leftover: dict[str, Leaf] = field(default_factory=dict)
-    remarks: list[Remark] = field(default_factory=list)
 
 
 def read(bundle: Bundle, *, base: Base | None = None, allow_unknown: bool = False) -> Adapter:
@@ -54,34 +37,17 @@ def read(bundle: Bundle, *, base: Base | None = None, allow_unknown: bool = Fals
     if not found.modules:
         raise FormatError("no LoRA factors in this file", expected="...lora_A.weight and ...lora_B.weight")
     modules = _modules(found, bundle, said, base)
-    done = _Reading(leftover=found.leftover)
+    done = Reading(leftover=found.leftover)
     for m in modules:
         for one in form_of(m).read(m):
-            _add(done, m, one)
-    _add_plain(done, found, config, allow_unknown=allow_unknown)
+            done.add(m.path, m.parts, one)
+    done.add_plain(found, config, allow_unknown=allow_unknown)
     never = _never(config)
     remarks = [*told(done.remarks), *remarks_of(found, config, said, modules)]
     if never is not None:
         remarks.append(f"{never}: it can be compressed, not merged")
-    if "others" in bundle.hints:
-        remarks.append(f"there are adapters in {bundle.hints['others']}, too: each is read by its own path")
-    meta = Meta(
-        format="peft",
-        namespace="hf",
-        base_id=base_name(config),
-        config=config,
-        metadata={k: v for k, v in bundle.metadata.items() if k != HISTORY},
-        layout=done.layout,
-        leftover=done.leftover,
-        remarks=tuple(remarks),
-        history=history_of(bundle.metadata),
-        path=bundle.path,
-        siblings=bundle.siblings,
-        readme=bundle.readme,
-        absorbed=done.absorbed,
-        unmergeable=done.unmergeable if never is None else dict.fromkeys(done.updates, never),
-    )
-    return Adapter(done.updates, meta)
+        done.unmergeable = dict.fromkeys(done.updates, never)
+    return done.adapter(bundle, remarks)
 
 
 def _modules(found: Sorted, bundle: Bundle, said: Settings, base: Base | None) -> list[Module]:
@@ -126,39 +92,6 @@ def _shapes(modules: Iterable[Module], base: Base) -> dict[str, tuple[int, ...]]
     apart = stored_apart((name for name in open_names if name not in names), base.shapes)
     whole = {name: base.shapes[target] for name, target in names.items()}
     return whole | {name: stacked_shape(parts, base.shapes) for name, parts in apart.items()}
-
-
-def _add(done: _Reading, m: Module, one: Found) -> None:
-    if one.name in done.updates:
-        raise FormatError("two modules change one parameter", parameter=one.name, got=m.path)
-    done.updates[one.name] = one.update
-    done.layout[one.name] = one.layout
-    done.remarks.extend(one.remarks)
-    done.leftover |= {m.parts[leaf][0]: m[leaf] for leaf in one.idle}
-    if one.absorbed:
-        done.absorbed[one.name] = Absorbed(one.update, dict(m.parts.values()))
-    if one.unmergeable is not None:
-        done.unmergeable[one.name] = one.unmergeable
-
-
-def _add_plain(done: _Reading, found: Sorted, config: Mapping[str, Any], *, allow_unknown: bool) -> None:
-    for name, (key, leaf) in found.plain.items():
-        if name in done.updates:
-            done.updates[name] = Rebased(leaf, done.updates[name])
-            done.layout[name] = {**done.layout[name], "base": key}
-        elif explained(name, key, config, found.modules):
-            done.updates[name] = Replace(leaf)
-            done.layout[name] = {} if SAVED in key else {"key": key}
-        elif allow_unknown:
-            done.leftover[key] = leaf
-            done.remarks.append(f"{key}: unknown tensor, carried untouched")
-        else:
-            raise FormatError(
-                "a tensor that the config does not explain",
-                parameter=key,
-                expected="a LoRA factor, a bias (bias=...), or a module listed in modules_to_save",
-                hint="--allow-unknown carries it through untouched",
-            )
 
 
 def _never(config: Mapping[str, Any]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from loratools.core.update import Leaf
@@ -31,8 +31,13 @@ class Sorted:
     remarks: list[str] = field(default_factory=list)
 
 
-def sort_keys(tensors: Mapping[str, Leaf]) -> Sorted:
-    """Return the tensors of a file sorted. Raises :class:`FormatError` for doubles and for several adapters at once."""
+def sort_keys(
+    tensors: Mapping[str, Leaf], parse: Callable[[str], Key] = parse, known: Container[str] | None = _KNOWN
+) -> Sorted:
+    """Return the tensors of a file sorted. Raises :class:`FormatError` for doubles and for several adapters at once.
+
+    ``parse`` is the grammar of the type's keys, ``known`` its leaves (None: whatever ``parse`` finds).
+    """
     found = Sorted()
     plain: dict[str, tuple[str, Leaf]] = {}  # key -> (path, tensor)
     cores = {key: leaf for key, leaf in tensors.items() if key.endswith(LATENT)}
@@ -44,13 +49,13 @@ def sort_keys(tensors: Mapping[str, Leaf]) -> Sorted:
             found.leftover[key] = leaf
             found.training.add(parsed.leaf.partition(".")[0])
         elif parsed.leaf:
-            _add_factor(found, key, leaf, parsed)
+            _add_factor(found, key, leaf, parsed, known)
         elif is_original(parsed.path):
             found.leftover[key] = leaf
         else:
             plain[key] = parsed.path, leaf
     for key, leaf in cores.items():
-        _add_factor(found, key, leaf, _core(key, found))
+        _add_factor(found, key, leaf, _core(key, found), known)
     names = _saved_names(found, [path for path, _ in plain.values()])
     for key, (path, leaf) in plain.items():
         _add_plain(found, key, leaf, path, names)
@@ -72,8 +77,8 @@ def _core(key: str, found: Sorted) -> Key:
     raise FormatError("a core of LoRA-XS without its factors", parameter=key, expected="lora_A and lora_B beside it")
 
 
-def _add_factor(found: Sorted, key: str, leaf: Leaf, parsed: Key) -> None:
-    if parsed.leaf not in _KNOWN:
+def _add_factor(found: Sorted, key: str, leaf: Leaf, parsed: Key, known: Container[str] | None) -> None:
+    if known is not None and parsed.leaf not in known:
         what = _FOREIGN.get(parsed.leaf.partition(".")[0], f"tensors named {parsed.leaf}")
         raise UnsupportedError(f"{what}: not read by this version", parameter=parsed.path, got=key)
     parts = found.modules.setdefault(parsed.path, {})

@@ -12,14 +12,16 @@ from typing import Literal
 from loratools.errors import MismatchError
 
 Orientation = Literal["out_in", "in_out"]
+Shape = tuple[int | None, int | None]
 
 
 def orientations(
-    shapes: Mapping[str, tuple[int, int]], fan_in_fan_out: bool, stored: Mapping[str, tuple[int, ...]] | None
+    shapes: Mapping[str, Shape], fan_in_fan_out: bool, stored: Mapping[str, tuple[int, ...]] | None
 ) -> dict[str, Orientation]:
     """Return module path -> orientation, for ``shapes`` path -> (out, in) and ``stored`` path -> shape in the base.
 
-    A square parameter follows its non-square siblings (same last name). Raises :class:`MismatchError` where the base
+    A size may be None where the adapter does not tell it. A parameter that fits both ways, as a square one, follows its
+    siblings (same last name) that fit one way only. Raises :class:`MismatchError` where the base
     has neither orientation, or where siblings disagree.
     """
     said: Orientation = "in_out" if fan_in_fan_out else "out_in"
@@ -46,12 +48,17 @@ def contradicted(turned: Mapping[str, Orientation], fan_in_fan_out: bool) -> str
     )
 
 
-def _by_shape(path: str, shape: tuple[int, int], stored: tuple[int, ...]) -> Orientation | None:
-    if stored not in (shape, shape[::-1]):
+def _by_shape(path: str, shape: Shape, stored: tuple[int, ...]) -> Orientation | None:
+    straight, turned = _fits(shape, stored), _fits(shape[::-1], stored)
+    if not straight and not turned:
         raise MismatchError("the adapter does not fit the base", parameter=f"{path}.weight", expected=stored, got=shape)
-    if shape[0] == shape[1]:
+    if straight and turned:
         return None
-    return "out_in" if stored == shape else "in_out"
+    return "out_in" if straight else "in_out"
+
+
+def _fits(shape: Shape, stored: tuple[int, ...]) -> bool:
+    return len(stored) == 2 and all(n is None or n == m for n, m in zip(shape, stored, strict=True))
 
 
 def _type(path: str) -> str:

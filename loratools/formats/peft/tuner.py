@@ -1,0 +1,267 @@
+"""Types other than LORA: what their files have in common. A type is one file that subclasses :class:`Tuner`.
+
+It declares the leaves of its keys and answers two questions of a module: which sizes do its tensors tell (``size``),
+and how does its weight change (``weight``), both in the logical orientation (out, in) of ``y = W x``. Everything else
+is done here: prefixes, wrappers and adapter names in keys, plain parameters (biases, saved modules), the shapes of the
+base, and turning an update whose parameter is stored (in, out).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any, ClassVar
+
+from loratools.core.adapter import Adapter
+from loratools.core.generic import transposed
+from loratools.core.update import Leaf, Update
+from loratools.errors import ConversionError, FormatError, MismatchError, MissingScaleError, NeedsBaseError
+from loratools.formats.pairs import EMBEDDINGS
+from loratools.formats.peft.fields import Fields
+from loratools.formats.peft.forms.form import Found, Remark, need_elements, told
+from loratools.formats.peft.lora_sort import Parts, sort_keys
+from loratools.formats.peft.orientation import Orientation, contradicted, orientations
+from loratools.formats.peft.reading import Reading
+from loratools.formats.peft.tuner_keys import parser
+from loratools.io.base import Base
+from loratools.io.bundle import Bundle
+from loratools.linalg.namespace import is_float
+
+Size = tuple[int | None, ...]  # (out, in[, *kernel]); None where the tensors do not tell
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """What all modules of a file share: its config, the tensors at ``base_model.``, and the base where there is one.
+
+    ``stored`` are the base's shapes by the adapter's names, ``names`` the base's names by the adapter's; ``kept`` holds
+    what a type computes once for all modules.
+    """
+
+    type: str
+    fields: Fields
+    modules: Mapping[str, Parts]
+    shared: Parts
+    base: Base | None
+    names: Mapping[str, str]
+    stored: Mapping[str, tuple[int, ...]]
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return ``compute()``, computed for the first module that asks."""
+        if name not in self.kept:
+            self.kept[name] = compute()
+        return self.kept[name]
+
+
+@dataclass(frozen=True, eq=False)
+class Module:
+    """The tensors of one module, by leaf: ``m["hada_w1_a"]``; those of the whole model are found by their leaf, too."""
+
+    path: str
+    parts: Parts
+    model: Model
+    size: Size = (None, None)
+    turned: bool = False
+
+    def __contains__(self, leaf: object) -> bool:
+        return leaf in self.parts or leaf in self.model.shared
+
+    def __getitem__(self, leaf: str) -> Leaf:
+        """Return a tensor of a floating dtype; :class:`FormatError` names one that is missing."""
+        key, tensor = self._part(leaf)
+        if not is_float(tensor.dtype):
+            got, hint = f"{key} of {tensor.dtype}", "the file is quantised or damaged: fetch it in fp32, fp16 or bf16"
+            raise FormatError("a factor is not of a floating dtype", parameter=self.path, got=got, hint=hint)
+        return tensor
+
+    def index(self, leaf: str) -> Leaf:
+        """Return a tensor of indices, whatever its dtype."""
+        return self._part(leaf)[1]
+
+    def _part(self, leaf: str) -> tuple[str, Leaf]:
+        parts = self.parts if leaf in self.parts else self.model.shared
+        if leaf not in parts:
+            raise FormatError(
+                f"a tensor of this {self.model.type} module is missing", parameter=self.path, expected=leaf,
+                got=", ".join(self.parts),
+            )  # fmt: skip
+        need_elements(self.path, *parts[leaf])
+        return parts[leaf]
+
+    @property
+    def fields(self) -> Fields:
+        """The config."""
+        return self.model.fields
+
+    @property
+    def name(self) -> str:
+        """Name of the module's weight."""
+        return f"{self.path}.weight"
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in[, *kernel]): from the tensors, else from the base's header; :class:`NeedsBaseError` without it."""
+        stored = self.model.stored.get(self.name)
+        if stored is not None:
+            return stored[::-1] if self.turned else stored
+        if None in self.size:
+            raise NeedsBaseError(
+                f"{self.model.type} files do not tell the shape of the weight",
+                expected="the base's shapes (its header is enough)",
+                hint="pass --base",
+            ).at(parameter=self.name)
+        return tuple(n for n in self.size if n is not None)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, product of the rest) of the shape."""
+        return self.shape[0], prod(self.shape[1:])
+
+    def kernel(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the kernel of a core's trailing ``axes``: PEFT gives that of a Conv1d a second axis of 1."""
+        line = len(self.model.stored.get(self.name, ())) == 3 and axes[1:] == (1,)
+        return axes[:1] if line else axes
+
+    def scale(self, rank: int, alpha: str = "alpha") -> float:
+        """Return alpha / rank, the alpha from ``alpha_pattern`` or the config's field."""
+        value = self.fields.number(alpha) if alpha in self.fields.config else None
+        if value is None:
+            expected = f"{alpha}, a number"
+            raise MissingScaleError(f"adapter_config.json does not say {alpha}", expected=expected)
+        return self.fields.matched("alpha_pattern", self.path, value) / rank
+
+    def base_leaf(self, leaf: str = "weight") -> Leaf:
+        """Return the handle of a parameter of the base, as it is stored; :class:`NeedsBaseError` without a base."""
+        name = f"{self.path}.{leaf}"
+        if self.model.base is None or name not in self.model.names:
+            raise NeedsBaseError(
+                f"a {self.model.type} update depends on the values of its base", hint="pass --base"
+            ).at(parameter=name)
+        return self.model.base.leaf(self.model.names[name])
+
+    def need(self, leaf: str, shape: tuple[int, ...]) -> Leaf:
+        """Return a tensor, or raise :class:`FormatError` where it has another shape."""
+        tensor = self[leaf]
+        if tensor.shape != shape:
+            raise FormatError(f"{leaf} has another shape", parameter=self.path, expected=shape, got=tensor.shape)
+        return tensor
+
+
+class Tuner(ABC):
+    """Reader of one type; ``leaves`` are those under a module, ``shared`` those under ``base_model.``.
+
+    Segments of a leaf may hold ``*`` (see :mod:`loratools.formats.peft.tuner_keys`).
+    """
+
+    type: ClassVar[str] = ""
+    leaves: ClassVar[tuple[str, ...]]
+    shared: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def size(self, m: Module) -> Size:
+        """Return the logical (out, in[, *kernel]) as far as the tensors of the module tell it."""
+
+    @abstractmethod
+    def weight(self, m: Module) -> Update:
+        """Return how the weight changes, in the logical orientation, of shape ``m.shape``."""
+
+    def bias(self, m: Module) -> Update | None:
+        """Return how the bias changes, None where it does not."""
+        return None
+
+    def modules(self, modules: Mapping[str, Parts], shared: Parts, base: Base | None) -> Mapping[str, Parts]:
+        """Return the modules by path; a type whose file does not list them says here where they are."""
+        return modules
+
+    def unmergeable(self, m: Module) -> str | None:
+        """Return why the update cannot be added to a base weight, if so."""
+        return None
+
+    def remarks(self, model: Model) -> Iterable[Remark]:
+        """Return what is worth telling of the file as a whole."""
+        return ()
+
+    def check(self, fields: Fields) -> None:
+        """Raise for a config that cannot be read."""
+        return
+
+    def decode(self, bundle: Bundle, *, base: Base | None = None, allow_unknown: bool = False) -> Adapter:
+        """Return the adapter: every tensor is converted, carried, or refused by name."""
+        config = bundle.config or {}
+        fields = Fields(config)
+        self.check(fields)
+        found = sort_keys(bundle.tensors, parser((*self.leaves, *self.shared)), known=None)
+        shared = found.modules.pop("", {})
+        modules = self.modules(found.modules, shared, base)
+        if not modules:
+            raise FormatError(f"no {self.type} tensors in this file", expected=", ".join(self.leaves or self.shared))
+        plain = {name: leaf.shape for name, (_, leaf) in found.plain.items()}
+        model = self._model(fields, modules, shared, base, plain)
+        placed, turned = self._placed(model)
+        done = Reading(leftover=found.leftover)
+        for m in placed:
+            for one in self._found(m):
+                done.add(m.path, m.parts, one)
+        done.add_plain(found, config, allow_unknown=allow_unknown)
+        remarks: list[str] = [*told([*done.remarks, *self.remarks(model)]), *found.remarks]
+        remarks += [f"the adapter name {name!r} was left in the keys" for name in found.adapters]
+        contradiction = contradicted(turned, fields.flag("fan_in_fan_out")) if base is not None else None
+        return done.adapter(bundle, remarks if contradiction is None else [*remarks, contradiction])
+
+    def encode(self, adapter: Adapter, *, base: Base | None = None, **options: Any) -> Any:
+        """Refuse: adapters are written as LORA unless a type has a projection of its own."""
+        raise ConversionError(f"no adapter is written as {self.type} by this version", hint="write it as LORA")
+
+    def _model(
+        self, fields: Fields, modules: Mapping[str, Parts], shared: Parts, base: Base | None,
+        plain: Mapping[str, tuple[int, ...]],
+    ) -> Model:  # fmt: skip
+        if base is None:
+            return Model(self.type, fields, modules, shared, None, {}, {})
+        weights = [f"{path}.weight" for path in modules]
+        biases = [f"{path}.bias" for path in modules]
+        names = base.resolve([*weights, *biases], optional=[*biases, *(n for n in weights if n in plain)])
+        stored = {name: base.shapes[target] for name, target in names.items()} | dict(plain)
+        return Model(self.type, fields, modules, shared, base, names, stored)
+
+    def _placed(self, model: Model) -> tuple[list[Module], Mapping[str, Orientation]]:
+        """Return the modules with their sizes and orientations, and the orientation of matrices by path."""
+        bare = [Module(path, parts, model) for path, parts in model.modules.items()]
+        sizes = {m.path: self.size(m) for m in bare}
+        for path, size in sizes.items():
+            _need_kernel(f"{path}.weight", size, model.stored.get(f"{path}.weight"))
+        flat: dict[str, tuple[int | None, int | None]] = {
+            path: (size[0], size[1])
+            for path, size in sizes.items()
+            if len(size) == 2 and len(model.stored.get(f"{path}.weight", size)) == 2
+        }
+        stored = None if model.base is None else {path: model.stored[f"{path}.weight"] for path in flat}
+        turned = dict(orientations(flat, model.fields.flag("fan_in_fan_out"), stored))
+        if stored is None:
+            turned |= {path: "in_out" for path in flat if path.rpartition(".")[2] in EMBEDDINGS}
+        return [Module(m.path, m.parts, model, sizes[m.path], turned.get(m.path) == "in_out") for m in bare], turned
+
+    def _found(self, m: Module) -> Iterable[Found]:
+        """Yield the updates of a module as its parameters are stored."""
+        try:
+            update, bias = self.weight(m), self.bias(m)
+        except (FormatError, MismatchError) as error:
+            raise error.at(parameter=m.path) from error
+        layout = {"path": m.path, "stored": "in_out" if m.turned else "out_in"}
+        why = self.unmergeable(m)
+        yield Found(m.name, transposed(update) if m.turned else update, layout, unmergeable=why)
+        if bias is not None:
+            yield Found(f"{m.path}.bias", bias, {"path": m.path}, unmergeable=why)
+
+
+def _need_kernel(name: str, size: Size, stored: tuple[int, ...] | None) -> None:
+    """Raise :class:`MismatchError` where a parameter with more than two axes cannot be what the tensors tell."""
+    if stored is None or (len(stored) == 2 and len(size) == 2):
+        return
+    flat = stored if len(size) > 2 else (stored[0], prod(stored[1:]))
+    if len(flat) != len(size) or any(n is not None and n != m for n, m in zip(size, flat, strict=True)):
+        raise MismatchError("the adapter does not fit the base", parameter=name, expected=stored, got=size)

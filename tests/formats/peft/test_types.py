@@ -1,0 +1,109 @@
+"""Every type against PEFT itself: our update equals ``merge_and_unload() - W``, bias changes included.
+
+A row of ``TYPES`` is one config of a type and the layers that PEFT accepts for it; every other layer it refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loratools.errors import LoratoolsError, NeedsBaseError
+
+LINEAR = ("down", "up", "square")
+CONV1D = ("turned", "turned_square")
+LAYERS = (*LINEAR, *CONV1D, "conv", "point", "line", "embedding", "norm")  # of the toy: see conftest.py
+TOLERANCE = 5e-7  # of max|D|: PEFT's products in fp32; and of its rounding of W', where |W| is the larger
+
+
+@dataclass(frozen=True)
+class Type:
+    """``needs``: nothing, the base's ``shapes``, or its ``values``. Conv1D goes apart: its flag is for all modules."""
+
+    config: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[str, ...] = LINEAR
+    needs: str = ""
+
+    @property
+    def models(self) -> list[list[str]]:
+        """The layers of each toy model."""
+        apart = [layer in CONV1D for layer in self.layers]
+        both = [[n for n, own in zip(self.layers, apart, strict=True) if own == turned] for turned in (False, True)]
+        return [names for names in both if names]
+
+
+TYPES: dict[str, Type] = {
+    "adalora": Type("AdaLoraConfig", {"init_r": 4, "lora_alpha": 8, "total_step": 10},
+                    (*LINEAR, *CONV1D, "conv", "point")),
+    "loha": Type("LoHaConfig", {"r": 3, "alpha": 5}, (*LINEAR, "conv", "point", "line")),
+    "loha-cores": Type("LoHaConfig", {"r": 3, "alpha": 5, "use_effective_conv2d": True},
+                       (*LINEAR, "conv", "point", "line")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_the_update_is_what_peft_merges(name: str, oracle: Callable[..., Any]) -> None:
+    kind = TYPES[name]
+    for layers in kind.models:
+        made = oracle(kind.config, layers, **kind.fields)
+        told, true = made.read_changes(), made.changes()
+        assert set(told) == set(true)
+        for parameter, d in true.items():
+            largest = max(np.abs(d).max(), np.abs(made.base[parameter]).max() / 8)
+            assert np.abs(told[parameter] - d).max() <= TOLERANCE * largest, parameter
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_the_base_is_asked_for_only_where_it_is_needed(name: str, oracle: Callable[..., Any]) -> None:
+    kind = TYPES[name]
+    made = oracle(kind.config, kind.models[0], **kind.fields)
+    if kind.needs == "shapes":
+        with pytest.raises(NeedsBaseError, match="base"):
+            made.read(base=False)
+        return
+    alone, given = made.read(base=False), made.read()
+    for parameter, u in given.items():
+        w = made.base[parameter].astype(np.float64)
+        flat = w.reshape(alone[parameter].shape)  # a kernel that the file does not tell lies in the columns
+        assert np.array_equal(u.apply(w).reshape(flat.shape), alone[parameter].apply(flat)), parameter
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_peft_refuses_the_other_layers(name: str, oracle: Callable[..., Any]) -> None:
+    kind = TYPES[name]
+    for layer in LAYERS:
+        if layer not in kind.layers:
+            with pytest.raises(Exception):  # noqa: B017 - whatever PEFT raises
+                oracle(kind.config, [layer], **kind.fields).changes()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_unknown_tensors_are_refused_by_name(name: str, oracle: Callable[..., Any]) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    kind = TYPES[name]
+    made = oracle(kind.config, kind.layers[:1], **kind.fields)
+    weights = made.folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, "base_model.model.odd.tensor": np.zeros(3, np.float32)}, weights)
+    with pytest.raises(LoratoolsError, match=r"odd\.tensor"):
+        made.read()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_missing_tensor_is_named(name: str, oracle: Callable[..., Any]) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    kind = TYPES[name]
+    made = oracle(kind.config, kind.layers[:1], **kind.fields)
+    weights = made.folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    for key in tensors:
+        save_file({k: t for k, t in tensors.items() if k != key}, weights)
+        with pytest.raises(LoratoolsError, match=key.rpartition(".")[2]):
+            made.read()
