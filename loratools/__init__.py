@@ -17,6 +17,7 @@ _EXPORTS = {
     "save": "loratools.files",
     "from_state_dict": "loratools.files",
     "squeeze": "loratools.ops.squeeze",
+    "shira": "loratools.ops.sparsify",
     "resize": "loratools.ops.resize",
     "info": "loratools.ops.info",
     "check": "loratools.ops.check",

@@ -11,8 +11,13 @@ from loratools.errors import FormatError
 from loratools.leaf import Array
 from loratools.linalg.namespace import dtype_name, is_float
 
-WHOLE = {"replace": ("value",), "replace_rows": ("rows",), "rebased": ("value",)}
-"""Fields by kind that hold values of the base, which may be of any dtype."""
+WHOLE = {
+    "replace": ("value",),
+    "replace_rows": ("rows",),
+    "rebased": ("value",),
+    "sparse": ("rows", "columns", "base"),
+}
+"""Fields by kind that hold values of the base or an index, which may be of any dtype."""
 
 
 def need_floats(adapter: Adapter) -> Adapter:

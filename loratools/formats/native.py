@@ -119,7 +119,11 @@ def _absorbed(name: str, kept: Mapping[str, Any], updates: Mapping[str, Update],
 def _described(key: str, update: Update, tensors: dict[str, Any]) -> dict[str, Any]:
     return {
         "kind": update.kind,
-        "fields": {f.name: _field(f"{key}.{f.name}", getattr(update, f.name), tensors) for f in fields(update)},  # type: ignore[arg-type]
+        "fields": {
+            f.name: _field(f"{key}.{f.name}", value, tensors)
+            for f in fields(update)  # type: ignore[arg-type]  # every kind is a dataclass
+            if (value := getattr(update, f.name)) is not None  # nothing is said by silence
+        },
     }
 
 

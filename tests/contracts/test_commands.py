@@ -24,6 +24,7 @@ TARGETS = {
     "fuse": ["--base", str(BASE), "--dry-run"],
     "merge": ["--dry-run"],
     "resize": ["--rank", "2", "--dry-run"],
+    "shira": ["--density", "0.1", "--to", "native", "--base", str(BASE), "--dry-run"],
     "squeeze": ["--rank", "2", "--dry-run"],
     "tame": ["--base", str(FIXTURES[0].parent / "base"), "--dry-run"],
 }

@@ -18,6 +18,7 @@ from loratools.kinds.lowrank import LowRank
 from loratools.kinds.rebased import Rebased
 from loratools.kinds.replace import Replace
 from loratools.kinds.replace_rows import ReplaceRows
+from loratools.kinds.sparse import Sparse
 from loratools.kinds.stack import Stack
 
 _FACTORS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -27,7 +28,7 @@ class Peft(Format):
     """Adapters of Hugging Face PEFT; one file per ``peft_type`` in this package."""
 
     name = "peft"
-    accepts = (LowRank, Stack, Dora, Dense, Replace, ReplaceRows, Rebased)
+    accepts = (LowRank, Stack, Dora, Dense, Replace, ReplaceRows, Rebased, Sparse)
 
     def holds(self, adapter: Adapter, name: str) -> bool:
         """Magnitudes over the output axis; differences of biases that PEFT itself wrote."""
@@ -51,7 +52,7 @@ class Peft(Format):
         return PEFT_TYPES[self._type(bundle)].decode(bundle, base=base or None, allow_unknown=allow_unknown)
 
     def encode(self, adapter: Adapter, *, base: Base | None = None, component: str = "", **options: Any) -> Bundle:
-        """Write as LORA, the one type that every reader of PEFT files knows.
+        """Write as LORA, the one type that every reader of PEFT files knows; sparse updates as SHIRA.
 
         ``component`` picks one model of an adapter that acts on several (``unet``, ``text_encoder``).
         """
@@ -59,7 +60,8 @@ class Peft(Format):
             from loratools.formats.spaces import ready
 
             adapter = ready(adapter, "hf", format=self.name, component=component)
-        return PEFT_TYPES["LORA"].encode(adapter, base=base, **options)
+        said = "SHIRA" if any(isinstance(u, Sparse) for u in adapter.values()) else "LORA"
+        return PEFT_TYPES[said].encode(adapter, base=base, **options)
 
     def _type(self, bundle: Bundle) -> str:
         config = bundle.config or {}

@@ -1,0 +1,106 @@
+"""``loratools shira``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loratools.cli import _options, _show
+
+COLUMNS: tuple[_show.Column, ...] = (
+    ("name", "module", str),
+    ("kind", "kind", str),
+    ("nnz", "entries", str),
+    ("density", "density", _show.percent),
+    ("energy", "energy", _show.percent),
+    ("relative_error", "rel. error", _show.small),
+    ("bytes_before", "bytes", _show.size),
+    ("bytes_after", "->", _show.size),
+)
+
+
+@click.command("shira", short_help="A sparse adapter that switches in place (SHiRA).")
+@_options.IN
+@click.option("--density", type=float, required=True, help="Share of the entries to keep, e.g. 0.01.")
+@click.option(
+    "--mask",
+    default="magnitude",
+    show_default=True,
+    metavar="NAME",
+    help="Which entries: magnitude (largest |D|), weight (|W|), snip (|W D|), random, struct; W needs --base.",
+)
+@click.option(
+    "--scope", default="module", show_default=True, metavar="NAME", help="Count per module, or global (--to native)."
+)
+@click.option("--plus-lowrank", type=int, metavar="N", help="Best part of rank N, plus the entries of what it leaves.")
+@click.option(
+    "--to",
+    type=click.Choice(["peft", "native"]),
+    help="Layout: peft (r (in + out) values per module), or the compact native one, which --scope global and "
+    "--plus-lowrank take by themselves.  [default: peft]",
+)
+@click.option("--keep-base", is_flag=True, help="Store --base's values at the entries, for undoing without the base.")
+@_options.reading
+@_options.writing
+@_options.running
+@_options.reporting
+def command(
+    *,
+    path: Path,
+    density: float,
+    mask: str,
+    scope: str,
+    plus_lowrank: int | None,
+    to: str | None,
+    keep_base: bool,
+    format: str | None,
+    base: str | None,
+    allow_unknown: bool,
+    output: Path | None,
+    overwrite: bool,
+    dtype: str | None,
+    dry_run: bool,
+    fail_on: str | None,
+    seed: int,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Write IN as the few entries of its update that matter most, at their places in the weights.
+
+    Such an adapter has high rank, is applied by writing 1% of the weights, and undone bit for bit (see switch). Entries
+    are formed block by block. The report gives the retained energy per module: of a LoRA, 1% of the entries hold
+    10-30%, which is another adapter; --plus-lowrank keeps a good one.
+    """
+    from loratools import gates
+    from loratools.cli import _session
+    from loratools.cli._names import placed
+    from loratools.ops.sparsify import Sparsity, shira
+
+    gate = gates.parse(fail_on)
+    to = to or ("native" if scope == "global" or plus_lowrank is not None or keep_base else "peft")
+    Sparsity(density, mask, scope, plus_lowrank, to)  # contradictions are refused before anything is opened
+    adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
+    words: dict[str, Any] = {"density": density, "mask": mask, "scope": scope, "plus_lowrank": plus_lowrank}
+    target = output or placed(path.absolute(), to, f"shira{density:g}")
+    shown = _session.Target(target, overwrite, dry_run, as_json, quiet)
+    shown.check([adapter])
+    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
+        done = shira(adapter, **words, base=opened, keep_base=keep_base, to=to, dtype=dtype, seed=seed)
+    code = _session.deliver(done, [adapter], shown, gate, columns=COLUMNS, worst="relative_error", base=opened,
+                            format=to)  # fmt: skip
+    if not (as_json or quiet):
+        _told(done.report)
+    return code
+
+
+def _told(report: Any) -> None:
+    """Print what the table has no room for: densities, r, and what each layout would take."""
+    total = report.total
+    peft = "cannot hold it" if total["bytes_peft"] is None else _show.size(total["bytes_peft"])
+    r = "" if total["r"] is None else f", r = {total['r']}"
+    click.echo(f"density {total['density_asked']:g} asked, {total['density']:.6g} written{r}")
+    click.echo(f"weights file: native {_show.size(total['bytes_native'])}, peft {peft}")
