@@ -24,28 +24,38 @@ COLUMNS: tuple[_show.Column, ...] = (
     ("bytes_after", "->", _show.size),
 )
 _COMMON = ("self", "adapter", "base", "options")
+_PLAIN = "An adapter of a changed base (PiSSA, ...) becomes plain LoRA by IN as saved before training."
 _TYPES = {"str": str, "int": int, "float": float}
 
 
 class _Command(click.Command):
-    """Lists the writers' own options below the help; the formats are imported only then."""
+    """Lists formats and types with their own options below the help; they are imported only then."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from loratools.formats.base import FORMATS
+        from loratools.ops.types import base as types
 
         with formatter.section("Formats, and what --set knows for each"):
             formatter.write_dl([(name, _listed(settings_of(name))) for name in FORMATS])
+        with formatter.section("Types, and what --set knows for each"):
+            formatter.write_dl([(n, f"{types.summary_of(n)} [{_listed(types.settings_of(n))}]") for n in types.TYPES])
 
 
 @click.command("convert", cls=_Command, short_help="Rewrite in another format, function unchanged.")
 @_options.IN
 @click.option("--to", "to", metavar="FORMAT", required=True, help="Format to write.")
+@click.option("--type", "type_", metavar="TYPE", help="Make it an adapter of another type first (listed below).")
+@click.option("--rank", type=click.IntRange(1), help="With --type: rank of what has no exact form of this type.")
+@click.option("--initial", metavar="DIR", type=click.Path(path_type=Path), help=_PLAIN)
+@click.option("--altered-base", is_flag=True, help="The receiver's base is the one that IN's initialisation changed.")
 @click.option("--lossy", is_flag=True, help="Allow loss where no exact way leads; it is measured and shown.")
 @click.option("--explain", is_flag=True, help="Show the route of every update and write nothing.")
 @click.option("--scale", type=float, help="Factor on b @ a, for files that do not say theirs (loralib, old MLX, ...).")
 @click.option("--assume-split-alpha", is_flag=True, help="Block-diagonal q, k, v of Flux act as split_qkv trains them.")
 @click.option("--rename", multiple=True, metavar="REGEX=REPL", help="Rename parameters; may be given several times.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="An option of the format (listed below).")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="An option of the format or type (listed below)."
+)
 @_options.reading
 @_options.writing
 @_options.running
@@ -54,6 +64,10 @@ def command(
     *,
     path: Path,
     to: str,
+    type_: str | None,
+    rank: int | None,
+    initial: Path | None,
+    altered_base: bool,
     lossy: bool,
     explain: bool,
     scale: float | None,
@@ -78,26 +92,31 @@ def command(
 
     Names that a format flattens are read from --base, or known for Stable Diffusion, Flux and the common language
     models. What a format cannot hold is refused by name; --lossy allows approximations and omissions, and shows them.
+
+    --type changes the kind of adapter as well: DoRA to LoRA and back, on --base. What that costs is measured and shown.
     """
     from loratools import gates
     from loratools.cli import _session
     from loratools.cli._names import placed
+    from loratools.files import load
     from loratools.ops.convert import convert
 
     gate = gates.parse(fail_on)
-    options = parsed_settings(to, settings)
+    options, own = _parted(settings, to, type_)
     adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
     target = _session.Target(output or placed(path.absolute(), to, to), overwrite, dry_run or explain, as_json, quiet)
     target.check([_as(adapter, to)])
+    first = None if initial is None else load(initial, format=format, base=opened, allow_unknown=allow_unknown)
     with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
         done = convert(
-            adapter, to, base=opened, lossy=lossy, scale=scale, rename=rename, split_alpha=assume_split_alpha
-        )
+            adapter, to, base=opened, lossy=lossy, scale=scale, rename=rename, split_alpha=assume_split_alpha,
+            type=type_, rank=rank, initial=first, altered_base=altered_base, seed=seed, **own,
+        )  # fmt: skip
     if not (explain or dry_run):
         _check(done, to, opened, options)
     return _session.deliver(
         done,
-        [adapter],
+        [adapter, *([] if first is None else [first])],
         target,
         gate,
         columns=COLUMNS,
@@ -141,9 +160,22 @@ def _listed(settings: Mapping[str, inspect.Parameter]) -> str:
 
 def parsed_settings(name: str, settings: tuple[str, ...]) -> dict[str, Any]:
     """Return the options as the writer's signature types them; UsageError for others."""
+    return _parsed(name, settings_of(name), settings)
+
+
+def _parted(settings: tuple[str, ...], to: str, type_: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the format and those of the type."""
+    from loratools.ops.types import base as types
+
+    of_type = types.settings_of(type_) if type_ is not None else {}
+    known = settings_of(to)
+    done = _parsed(to if type_ is None else f"{to} or {type_}", {**of_type, **known}, settings)
+    return {k: v for k, v in done.items() if k in known}, {k: v for k, v in done.items() if k not in known}
+
+
+def _parsed(name: str, known: Mapping[str, inspect.Parameter], settings: tuple[str, ...]) -> dict[str, Any]:
     from loratools.errors import UsageError
 
-    known = settings_of(name)
     done: dict[str, Any] = {}
     for text in settings:
         key, equals, value = text.partition("=")

@@ -1,20 +1,24 @@
 """Adapters trained on a base that their own initialisation changed: PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ, KaSA.
 
-The file holds B and A; the base was W0 - s B0 A0 while they were trained. Relative to W0 the update is
-s B A - s B0 A0, of rank at most 2 r. Stored side by side the two products would cancel in half precision wherever they
-are used, so the difference is decomposed again, in fp64, into balanced factors of its own size.
+The file holds B and A; the base was W0 - s B0 A0 while they were trained (KaSA: W0 without its r smallest singular
+triplets, which stand in for s B0 A0 here). Relative to W0 the update is s B A - s B0 A0, of rank at most 2 r. Stored
+side by side the two products would cancel in half precision wherever they are used, so the difference is decomposed
+again, in fp64, into balanced factors of its own size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import sqrt
 from typing import Any
 
 from loratools.core.adapter import Adapter
 from loratools.core.update import Update
 from loratools.errors import MismatchError, NeedsBaseError, NumericsError, UnsupportedError
 from loratools.files import BaseLike, open_base
+from loratools.formats.peft.config import altered_base, altered_words
+from loratools.formats.peft.lora_config import ALTERED
 from loratools.io.base import Base
 from loratools.kinds.lowrank import LowRank, canonical, low_rank, with_low_rank
 from loratools.linalg import factored
@@ -22,8 +26,7 @@ from loratools.linalg.dense import thin_svd
 from loratools.linalg.namespace import namespace, up
 from loratools.report import Report, Row
 
-BY_INITIAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
-BY_BASE = ("pissa", "olora")
+BY_BASE = ("pissa", "olora", "kasa")  # what was taken from the base follows from the base alone
 UNSURE = 1e-2  # relative error from which a recomputed initial product is not unique enough
 EPS32 = 1.2e-7
 UNITS = {
@@ -37,10 +40,8 @@ UNITS = {
 
 def initialisation(config: Mapping[str, Any]) -> str | None:
     """Return how the base was altered when training began (``pissa``, ``pissa_niter_4``, ``kasa`` ...), or None."""
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(BY_INITIAL):
-        return init.lower()
-    return "kasa" if config.get("kasa_config") else None
+    init = altered_base(config)
+    return None if init is None else init.lower()
 
 
 def refuse_altered(adapters: Sequence[Adapter], *, altered_base: bool) -> None:
@@ -49,10 +50,10 @@ def refuse_altered(adapters: Sequence[Adapter], *, altered_base: bool) -> None:
         init = initialisation(adapter.meta.config)
         if init is not None and not altered_base:
             raise UnsupportedError(
-                f"init_lora_weights={init!r} changed the base when training began: on the original base this adapter "
-                "would be wrong",
+                f"{altered_words(adapter.meta.config)} changed the base when training began: on the original base "
+                "this adapter would be wrong",
                 file=adapter.meta.path,
-                hint=f"{_advice(init)}; or pass --altered-base if BASE is the altered model saved at that time",
+                hint=f"{advice(init)}; or pass --altered-base if BASE is the altered model saved at that time",
             )
 
 
@@ -60,8 +61,8 @@ def recover(adapter: Adapter, *, initial: Adapter | None = None, base: BaseLike 
     """Return the adapter relative to the original base, as plain LoRA of rank 2 r, re-orthogonalised.
 
     ``initial``: the adapter as it was saved before the first step; exact then. Without it, ``base`` (the original one)
-    gives the initial product of ``pissa`` (not ``pissa_niter_*``: random) and ``olora``, where it is unique; PiSSA
-    costs one full SVD per module. A DoRA keeps its magnitude, with the recovered direction.
+    gives what ``pissa`` (not ``pissa_niter_*``: random), ``olora`` and ``kasa`` took away, where it is unique; PiSSA
+    and KaSA cost one full SVD per module. A DoRA keeps its magnitude, with the recovered direction.
 
     Raises UnsupportedError (with the reason) where neither can work, NeedsBaseError, MismatchError for an initial
     adapter of other modules, NumericsError where the initial product is not unique.
@@ -73,7 +74,7 @@ def recover(adapter: Adapter, *, initial: Adapter | None = None, base: BaseLike 
             got=f"init_lora_weights={adapter.meta.config.get('init_lora_weights')!r}",
         )  # fmt: skip
     opened = open_base(base)
-    _check_possible(init, initial, opened)
+    _check_possible(init, initial, opened, cut=ALTERED in adapter.meta.config)
     rows: list[Row] = []
     updates: dict[str, Update] = {}
     for name, update in adapter.items():
@@ -86,32 +87,41 @@ def recover(adapter: Adapter, *, initial: Adapter | None = None, base: BaseLike 
         rows.append(row)
     meta = replace(
         adapter.meta,
-        config={**adapter.meta.config, "init_lora_weights": True},
-        remarks=tuple(r for r in adapter.meta.remarks if not r.startswith("init_lora_weights=")),
+        config=_plain(adapter.meta.config),
+        remarks=tuple(r for r in adapter.meta.remarks if "changed the base when training began" not in r),
+        absorbed={},
     )
     how = "its initial adapter" if initial is not None else "the base"
     done = Adapter(updates, meta).with_history(f"recover from {init} by {how}")
     return replace(done, report=_report(rows, init, done))
 
 
-def _check_possible(init: str, initial: Adapter | None, base: Base | None) -> None:
-    if init == "kasa":
-        raise UnsupportedError(
-            "KaSA removed the smallest singular values of the base, which no saved adapter holds",
-            hint="merge it with PEFT on the machine that trained it",
-        )
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config without its word of an altered base."""
+    kept = {key: value for key, value in config.items() if key != ALTERED}
+    return kept | {"init_lora_weights": True} | ({"kasa_config": None} if "kasa_config" in config else {})
+
+
+def _check_possible(init: str, initial: Adapter | None, base: Base | None, *, cut: bool) -> None:
     if initial is not None:
+        if init == "kasa":
+            raise UnsupportedError(
+                "KaSA took the smallest singular triplets from the base; its initial adapter does not hold them",
+                hint="pass --base with the original base instead: they follow from it",
+            )
         return
     if init not in BY_BASE:
         raise UnsupportedError(
             f"the initial factors of {init} cannot be computed again: they depend on {_cause(init)}",
             hint="pass --initial DIR, the adapter as it was saved before training",
         )
-    if base is None:
-        raise NeedsBaseError(
-            f"{init} subtracted its initial factors from the base",
-            hint="pass --initial DIR (the adapter saved before training), or --base with the original base",
+    if cut:
+        raise UnsupportedError(
+            f"the ranks of this {init} adapter were changed after training: what it took from the base had others",
+            hint="recover the adapter as it was trained, and squeeze the result",
         )
+    if base is None:
+        raise NeedsBaseError(f"{init} took something from the base when training began", hint=advice(init))
 
 
 def _cause(init: str) -> str:
@@ -120,11 +130,11 @@ def _cause(init: str) -> str:
     return "the quantiser used in training" if init == "loftq" else "the training data"
 
 
-def _advice(init: str) -> str:
-    if init == "kasa":
-        return "merge it with PEFT on the machine that trained it"
-    by_base = " (or --base BASE)" if init in BY_BASE else ""
-    return f"make it plain LoRA first: loratools recover IN --initial DIR{by_base}"
+def advice(init: str) -> str:
+    """Return how an adapter of an altered base is made plain, in words."""
+    ways = [*(["--initial DIR (IN as saved before training)"] if init != "kasa" else []),
+            *(["--base BASE (the original one)"] if init in BY_BASE else [])]  # fmt: skip
+    return f"loratools recover IN {' or '.join(ways)} makes it plain LoRA"
 
 
 def _start(
@@ -148,7 +158,7 @@ def _start(
     if init == "olora" and adapter.meta.layout.get(name, {}).get("stored") == "in_out":
         raise UnsupportedError("OLoRA on a transposed (Conv1D) parameter: not recomputed", parameter=name)
     w = up(base[stored], "float64")
-    return (_pissa(w, learned) if init == "pissa" else _olora(w, learned)) if w.ndim == 2 else _refuse(name)
+    return _BY_BASE[init](w, learned) if w.ndim == 2 else _refuse(name)
 
 
 def _refuse(name: str) -> tuple[LowRank, float]:
@@ -160,8 +170,23 @@ def _pissa(w: Any, learned: LowRank) -> tuple[LowRank, float]:
     u, s, vh = thin_svd(w)
     r = min(learned.rank, int(s.shape[0]))
     first, last, after = float(s[0]), float(s[r - 1]), float(s[r]) if r < s.shape[0] else 0.0
-    gap = max(last - after, 1e-300)
-    return LowRank(u[:, :r] * s[:r], vh[:r, :]), 4 * EPS32 * first * (1.0 + last / gap) * r**0.5
+    return LowRank(u[:, :r] * s[:r], vh[:r, :]), _turning(first, last, after, r)
+
+
+def _kasa(w: Any, learned: LowRank) -> tuple[LowRank, float]:
+    """Return the r smallest singular triplets of W, which PEFT's KaSA removes from the base (arXiv:2412.06071)."""
+    u, s, vh = thin_svd(w)
+    keep = int(s.shape[0]) - learned.rank
+    if keep < 1:
+        raise MismatchError("KaSA leaves at least one singular value", expected=f"a rank below {s.shape[0]}",
+                            got=learned.rank)  # fmt: skip
+    product = LowRank(u[:, keep:] * s[keep:], vh[keep:, :])
+    return product, _turning(float(s[0]), float(s[keep - 1]), float(s[keep]), learned.rank)
+
+
+def _turning(first: float, last: float, after: float, r: int) -> float:
+    """Return the error of a product of singular triplets that end at a gap last - after, where fp32 turned them."""
+    return 4 * EPS32 * first * (1.0 + last / max(last - after, 1e-300)) * sqrt(r)
 
 
 def _olora(w: Any, learned: LowRank) -> tuple[LowRank, float]:
@@ -172,6 +197,9 @@ def _olora(w: Any, learned: LowRank) -> tuple[LowRank, float]:
     condition = float(s[0]) / max(float(s[-1]), 1e-300)
     product = LowRank(q, q.T @ w, learned.scale)
     return product, 4 * EPS32 * condition * abs(learned.scale) * float(xp.linalg.matrix_norm(q.T @ w))
+
+
+_BY_BASE = {"pissa": _pissa, "olora": _olora, "kasa": _kasa}
 
 
 def _difference(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,16 +14,21 @@ from loratools.formats.base import FORMATS
 from loratools.formats.bfl import fused_sizes
 from loratools.formats.blocks import is_block_diagonal
 from loratools.formats.names import renamed
+from loratools.io.base import Base
 from loratools.kinds.dora import Dora
 from loratools.kinds.lowrank import LowRank
+from loratools.ops.altered import BY_BASE, initialisation, recover, refuse_altered
 from loratools.ops.reroute import Target, converted
-from loratools.report import Report
+from loratools.ops.types.base import retyped
+from loratools.report import Report, Row
 
 UNITS = {
     "route": "kinds from the input's to the output's",
     "rank_before": "columns of the factors as stored, where there are factors",
     "rank_after": "columns of the factors as written, where there are factors",
-    "relative_error": "||written - original|| / ||original||, Frobenius; 0 on exact routes, 1 where left out",
+    "relative_error": "||written - original|| / ||original||, Frobenius; 0 on exact routes, 1 where left out; in total "
+    "the worst",
+    "type_error": "with --type: the same figure of all updates whose type changed, together",
     "bytes_before": "bytes of the tensors",
     "bytes_after": "bytes of the tensors in the new kind",
 }
@@ -38,6 +43,12 @@ def convert(
     scale: float | None = None,
     rename: tuple[str, ...] = (),
     split_alpha: bool = False,
+    type: str | None = None,
+    rank: int | None = None,
+    initial: Adapter | None = None,
+    altered_base: bool = False,
+    seed: int = 0,
+    **settings: Any,
 ) -> Adapter:
     """Return the adapter in kinds that the format ``to`` can say; save it with ``format=to``.
 
@@ -48,14 +59,27 @@ def convert(
     parameter names. ``split_alpha`` takes the alpha of Flux' fused projections that are block-diagonal as that of one
     block, as sd-scripts trains them with ``split_qkv``. Cost: nothing for updates that stay as they are.
 
+    ``type`` makes the adapter one of :data:`loratools.ops.types.base.TYPES` first (``lora``, ``dora`` ...), with
+    ``rank``, ``seed`` and the type's own ``settings``; what that costs is in the report, too. An adapter of an altered
+    base (PiSSA, ...) becomes plain LoRA of the original one by its ``initial`` adapter or, where that is enough, by
+    ``base``; ``altered_base`` says that the receiver has the altered one. Its own format keeps it as it is.
+
     Raises :class:`ConversionError` naming the update and the best lossy route, :class:`UsageError` for a scale that
-    the source already says.
+    the source already says, UnsupportedError for an adapter of an altered base that stays one unawares.
     """
     format = FORMATS[to]
     opened = open_base(base)
-    named = _renamed(_scaled(adapter, scale), rename)
-    named, warnings = _split_alphas(named, split_alpha)
-    own = to == adapter.meta.source
+    own = to in (adapter.meta.source, "native") and type is None
+    plain, warnings = _plain(_scaled(adapter, scale), initial, opened, keep=altered_base or own)
+    named, odd = _split_alphas(_renamed(plain, rename), split_alpha)
+    before, made = dict(zip(named, adapter.values(), strict=True)), {}
+    if type is not None:
+        named = retyped(named, type, base=opened, rank=rank, seed=seed, settings=settings)
+        made = {row["name"]: row for row in _report_of(named).modules}
+    elif rank is not None or settings:
+        raise UsageError("a rank and settings belong to a type", expected="--type", got=rank or ", ".join(settings))
+    warnings += [*odd, *_losses(list(made.values()), type, named)]
+    own = to == adapter.meta.source and type is None
     done: dict[str, Update] = {}
     rows: list[dict[str, Any]] = []
     for name, u in named.items():
@@ -65,17 +89,52 @@ def convert(
             raise problem.at(parameter=name, file=adapter.meta.path) from problem
         if new is not None:
             done[name] = new
-        rows.append(_row(name, u, new, route, error))
+        rows.append(_row(before[name], new, route, error, name, made.get(name)))
     meta = named.meta
     dropped = [row["name"] for row in rows if row["kind_after"] is None]
     warnings += [f"{len(dropped)} updates are left out: {', '.join(dropped[:3])}"] if dropped else []
     if meta.leftover and to not in (meta.source, "native"):
         warnings.append(f"{len(meta.leftover)} carried tensors are left behind: {', '.join(list(meta.leftover)[:3])}")
-    report = Report("loratools.convert/1", tuple(rows), _total(to, adapter, rows), UNITS, warnings=tuple(warnings))
+    total = _total(to, adapter, rows, named)
+    report = Report("loratools.convert/1", tuple(rows), total, UNITS, warnings=tuple(warnings))
     lossless = all(row["relative_error"] == 0.0 for row in rows)
     line = f"converted from {meta.source} to {to}" + ("" if lossless else ", with loss")
     history = meta.history if to in (meta.source, "native") and lossless else (*meta.history, line)
     return Adapter(done, replace(meta, history=history), report)
+
+
+def _plain(adapter: Adapter, initial: Adapter | None, base: Base | None, *, keep: bool) -> tuple[Adapter, list[str]]:
+    """Return an adapter of the original base, and what to tell: recovered by ``initial`` or the base, or kept as told.
+
+    Raises UnsupportedError where an adapter of an altered base would lose the word that it is one.
+    """
+    init = initialisation(adapter.meta.config)
+    if initial is not None or (init in BY_BASE and base is not None and not keep):
+        done = recover(adapter, initial=initial, base=base)
+        total = _report_of(done).total
+        told = f"made plain LoRA of the original base from {init}: rank {total['rank_before']} -> {total['rank_after']}"
+        return replace(done, report=None), [told]
+    if not keep:
+        refuse_altered([adapter], altered_base=False)
+    return replace(adapter, report=None), []
+
+
+def _report_of(adapter: Adapter) -> Report:
+    assert adapter.report is not None  # of the operation that made it
+    return adapter.report
+
+
+def _losses(made: Collection[Row], type: str | None, typed: Adapter) -> list[str]:
+    """Return one line on what a new type costs, where it is not exact."""
+    lossy = [row for row in made if row["relative_error"]]
+    if not lossy:
+        return []
+    worst = max(lossy, key=lambda row: float(row["relative_error"]))
+    return [
+        f"{len(lossy)} of {len(typed)} updates are only near as {type}: relative error "
+        f"{_report_of(typed).total['relative_error']:.3g} together, {worst['relative_error']:.3g} at worst "
+        f"({worst['name']})"
+    ]
 
 
 def _scaled(adapter: Adapter, scale: float | None) -> Adapter:
@@ -128,7 +187,13 @@ def _kept(old: str, new: str, layout: Mapping[str, Any]) -> Mapping[str, Any]:
     return layout if old == new else {k: v for k, v in layout.items() if k == "stored"}
 
 
-def _row(name: str, old: Update, new: Update | None, route: list[str], error: float) -> dict[str, Any]:
+def _row(
+    old: Update, new: Update | None, route: list[str], error: float, name: str, made: Row | None
+) -> dict[str, Any]:
+    if old.kind != route[0]:
+        route = [old.kind, *route]
+    if made is not None:
+        error = made["relative_error"] + (1.0 + made["relative_error"]) * error if new is not None else error
     return {
         "name": name,
         "kind_before": old.kind,
@@ -147,7 +212,7 @@ def _rank(u: Update) -> int | None:
     return inner.rank if isinstance(inner, LowRank) else None
 
 
-def _total(to: str, adapter: Adapter, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _total(to: str, adapter: Adapter, rows: list[dict[str, Any]], typed: Adapter) -> dict[str, Any]:
     routes: dict[str, int] = {}
     for row in rows:
         routes[row["route"]] = routes.get(row["route"], 0) + 1
@@ -157,6 +222,7 @@ def _total(to: str, adapter: Adapter, rows: list[dict[str, Any]]) -> dict[str, A
         "updates": len(rows),
         "routes": routes,
         "relative_error": max((row["relative_error"] for row in rows), default=0.0),
+        **({} if typed.report is None else {"type_error": typed.report.total["relative_error"]}),
         "bytes_before": sum(row["bytes_before"] for row in rows),
         "bytes_after": sum(row["bytes_after"] for row in rows),
     }

@@ -10,9 +10,10 @@ from pathlib import Path
 from loratools.core.adapter import Adapter
 from loratools.core.update import Delta, Update
 from loratools.errors import MismatchError, MissingScaleError, NeedsBaseError, UnsupportedError, UsageError
+from loratools.formats.peft.config import altered_words
 from loratools.formats.spaces import worlds
 from loratools.io.base import Base
-from loratools.ops.altered import initialisation
+from loratools.ops.altered import advice, initialisation
 from loratools.ops.base_names import base_names
 from loratools.ops.parts import layer_and_projection
 
@@ -69,8 +70,9 @@ def check_bases(adapters: Sequence[Adapter], names: Sequence[str], *, same_base:
         init = initialisation(adapter.meta.config)
         if init is not None:
             raise UnsupportedError(
-                f"init_lora_weights={init!r} changed the base when training began: this adapter acts on another base",
-                file=adapter.meta.path, hint="loratools recover IN --initial DIR makes it plain LoRA",
+                f"{altered_words(adapter.meta.config)} changed the base when training began: this adapter acts on "
+                "another base",
+                file=adapter.meta.path, hint=advice(init),
             )  # fmt: skip
     tokens = [a.meta.config.get("alora_invocation_tokens") for a in adapters]
     if any(said != tokens[0] for said in tokens):

@@ -92,7 +92,7 @@ def make_base(folder: Path) -> Path:
 
 def make_dora(base: Path, lora: Path, out: Path) -> Path:
     from loratools.files import load, save
-    from loratools.ops.dora import to_dora
+    from loratools.ops.types.dora import to_dora
 
     adapter = to_dora(load(lora, base=base), base)
     return save(adapter, out, overwrite=True)

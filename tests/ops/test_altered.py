@@ -13,7 +13,7 @@ from loratools.errors import MismatchError, NeedsBaseError, NumericsError, Unsup
 from loratools.files import load, save
 from loratools.kinds.dora import Dora
 from loratools.kinds.lowrank import LowRank
-from loratools.ops.altered import recover
+from loratools.ops.altered import recover, refuse_altered
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -80,21 +80,33 @@ def test_refusals_say_why(rng: Any) -> None:
         recover(adapter(end, "pissa"))
     with pytest.raises(UnsupportedError, match="original base already"):
         recover(adapter(end, True))
-    with pytest.raises(UnsupportedError, match="KaSA"):
-        recover(Adapter({"x.weight": end}, Meta(config={"kasa_config": {"beta": 1}})), initial=adapter(start, True))
+    kasa = Adapter({"x.weight": end}, Meta(config={"kasa_config": {"beta": 1}}))
+    with pytest.raises(UnsupportedError, match="KaSA") as told:
+        recover(kasa, initial=adapter(start, True))
+    assert "--base" in str(told.value.hint)
+    with pytest.raises(NeedsBaseError, match="kasa"):
+        recover(kasa)
+    for was in ("kasa", "pissa"):  # squeezed after training: the ranks of what was taken away are lost
+        cut = Adapter({"x.weight": end}, Meta(config={"init_lora_weights": True, "loratools_altered_base": was}))
+        with pytest.raises(UnsupportedError, match="ranks"):
+            recover(cut, base={"x.weight": start.dense()})
+        with pytest.raises(UnsupportedError, match="changed the base"):
+            refuse_altered([cut], altered_base=False)
     with pytest.raises(MismatchError, match="does not have this module"):
         recover(adapter(end, "pissa"), initial=Adapter({"y.weight": start}))
     with pytest.raises(NumericsError, match="do not part"):  # equal singular values: any rotation is as good
         recover(adapter(end, "pissa"), base={"x.weight": np.eye(20, 16)})
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-@pytest.mark.parametrize("by", ["base", "initial"])
+@pytest.mark.parametrize(
+    ("init", "by"), [("pissa", "base"), ("pissa", "initial"), ("olora", "base"), ("olora", "initial"), ("kasa", "base")]
+)
 def test_peft_says_the_same(init: str, by: str, make: Callable[..., Any], tmp_path: Path) -> None:
     """On the original base our plain LoRA gives what PEFT gives on the altered one."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    made = make("llama", r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=init)
+    how = {"kasa_config": peft.KasaConfig()} if init == "kasa" else {"init_lora_weights": init}
+    made = make("llama", r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], **how)
     expected = made.logits(made.model)
     raw = load(made.folder.rename(tmp_path / "final"), base=made.weights)
     if by == "base":
@@ -115,3 +127,4 @@ def test_peft_says_the_same(init: str, by: str, make: Callable[..., Any], tmp_pa
     assert torch.allclose(made.logits(loaded), expected, atol=1e-4 * float(expected.abs().max()))
     assert done.report is not None
     assert done.report.total["rank_after"] == 8
+    assert not any("changed the base" in line for line in load(folder).meta.remarks)

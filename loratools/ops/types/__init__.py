@@ -1,0 +1,1 @@
+"""The types of adapters that ``convert --type`` makes: one file each."""
