@@ -14,6 +14,11 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 EXPERT_ORDER = "loratools.expert_order"
 
 IN = click.argument("path", metavar="IN", type=click.Path(path_type=Path))
+STATS = click.option(
+    "--stats",
+    metavar="FILE|norm",
+    help="Weigh errors by what the modules see (`loratools stats`), or by --base's norms.",
+)
 
 
 def reading(command: C) -> C:

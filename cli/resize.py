@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from loratools.cli import _options
-from loratools.cli.squeeze import COLUMNS
+from loratools.cli.squeeze import columns
 
 
 @click.command("resize", short_help="Exactly one rank everywhere, up or down.")
 @_options.IN
 @click.option("--rank", type=int, required=True, help="Rank of every module.")
+@_options.STATS
 @click.option("--allow-nonfinite", is_flag=True, help="Carry modules with NaN or inf through untouched.")
 @_options.reading
 @_options.writing
@@ -22,6 +23,7 @@ def command(
     *,
     path: Path,
     rank: int,
+    stats: str | None,
     allow_nonfinite: bool,
     format: str | None,
     base: str | None,
@@ -54,5 +56,5 @@ def command(
     to = _session.Target(output or default_output(path, adapter, suffix), overwrite, dry_run, as_json, quiet)
     to.check([adapter])
     with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
-        done = resize(adapter, rank=rank, dtype=dtype, base=opened, allow_nonfinite=allow_nonfinite)
-    return _session.deliver(done, [adapter], to, gate, columns=COLUMNS, worst="relative_error", base=opened)
+        done = resize(adapter, rank=rank, dtype=dtype, base=opened, allow_nonfinite=allow_nonfinite, stats=stats)
+    return _session.deliver(done, [adapter], to, gate, columns=columns(stats), worst="relative_error", base=opened)

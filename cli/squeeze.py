@@ -18,6 +18,12 @@ COLUMNS: tuple[_show.Column, ...] = (
     ("bytes_before", "bytes", _show.size),
     ("bytes_after", "->", _show.size),
 )
+WEIGHTED: _show.Column = ("weighted_error", "weighted", _show.small)
+
+
+def columns(stats: str | None) -> tuple[_show.Column, ...]:
+    """Return the columns of the table: with statistics also the error that they weigh."""
+    return COLUMNS if stats is None else (*COLUMNS[:5], WEIGHTED, *COLUMNS[5:])
 
 
 @click.command("squeeze", short_help="The best smaller adapter, exactly.")
@@ -34,6 +40,8 @@ COLUMNS: tuple[_show.Column, ...] = (
 @click.option(
     "--for", "consumer", metavar="CONSUMER", help="As --uniform, at the next rank the consumer accepts: vllm."
 )
+@click.option("--nested", is_flag=True, help="Order channels so that every leading part is the optimum of its rank.")
+@_options.STATS
 @click.option("--keep-alpha", is_flag=True, help="Keep the input's scale instead of folding it into the factors.")
 @click.option("--allow-nonfinite", is_flag=True, help="Carry modules with NaN or inf through untouched.")
 @_options.reading
@@ -51,6 +59,8 @@ def command(
     rank_multiple: int,
     uniform: bool,
     consumer: str | None,
+    nested: bool,
+    stats: str | None,
     keep_alpha: bool,
     allow_nonfinite: bool,
     format: str | None,
@@ -69,8 +79,9 @@ def command(
 ) -> int:
     """Write the adapter of lower rank that is nearest to IN.
 
-    Exactly one of --rank, --energy, --error, --size says how small. Every module gets its optimal truncation
-    (Eckart-Young); the report gives rank, kept energy, relative error and bytes per module.
+    Exactly one of --rank, --energy, --error, --size says how small (--nested alone keeps every rank). Every module gets
+    its optimal truncation (Eckart-Young), in the norm of --stats if given; the report gives rank, kept energy, relative
+    error and bytes per module.
     """
     from loratools import gates
     from loratools.cli import _session
@@ -88,6 +99,7 @@ def command(
         "rank_multiple": rank_multiple,
         "uniform": uniform,
         "consumer": consumer,
+        "nested": nested,
     }
     suffix = Target.of(**words).suffix  # contradictions are refused before anything is opened
     adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
@@ -101,5 +113,6 @@ def command(
             base=opened,
             keep_alpha=keep_alpha,
             allow_nonfinite=allow_nonfinite,
+            stats=stats,
         )
-    return _session.deliver(done, [adapter], to, gate, columns=COLUMNS, worst="relative_error", base=opened)
+    return _session.deliver(done, [adapter], to, gate, columns=columns(stats), worst="relative_error", base=opened)

@@ -101,6 +101,14 @@ def cores(b: Array, a: Array, choose: Choose, *, weights: Weights, scale: float 
     return _cores_qr(b, a, choose, weights, scale)
 
 
+def singular_values(b: Array, a: Array, weights: Weights, *, scale: float = 1.0) -> Array:
+    """Return all min(R, m, n) singular values of ``P^1/2 (scale b a) Q^1/2`` in fp64, right to about 1e-7 s_1."""
+    weights = weights.checked(b.shape[0], a.shape[1])
+    count = min(*b.shape, *a.shape)
+    found = of_grams(gram(b, weights.left), gram(a.mT, weights.right), count, FP64.noise, scale)
+    return _cores_qr(b, a, lambda s: count, weights, scale).s if found is None else found.s
+
+
 def norm(b: Array, a: Array, weights: Weights, *, scale: float = 1.0) -> float:
     """Return ``|P^1/2 (scale b a) Q^1/2|_F``: right to 1e-6 for diagonals; to 1e-8 of |b| |a| for matrices."""
     diagonal = all(w is None or w.ndim == 1 for w in weights)

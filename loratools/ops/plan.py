@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from loratools.core import generic
 from loratools.core.adapter import Adapter
@@ -17,13 +17,18 @@ from loratools.linalg.namespace import dtype_name, namespace
 from loratools.ops.allocate import Module, allocate
 from loratools.ops.ranks import Edge, Target
 
+if TYPE_CHECKING:
+    from loratools.ops.weighing import Weighing
 
-def planned(adapter: Adapter, target: Target, edge: Edge, how: Storage) -> dict[str, int]:
+
+def planned(
+    adapter: Adapter, target: Target, edge: Edge, how: Storage, weighing: Weighing | None = None
+) -> dict[str, int]:
     """Return the rank of every module that is squeezed, for a target that compares modules. Reads every factor once.
 
     Raises :class:`UsageError` naming the smallest possible size where a budget is smaller still.
     """
-    spectra = _spectra(adapter, how.allow_nonfinite)
+    spectra = _spectra(adapter, how.allow_nonfinite, weighing)
     if target.size is None:
         ranks = {name: target.rank_for(s, edge(name)) for name, s in spectra.items()}
         return dict.fromkeys(spectra, target.one_for_all(ranks))
@@ -41,8 +46,8 @@ class Storage(NamedTuple):
     allow_nonfinite: bool
 
 
-def _spectra(adapter: Adapter, allow_nonfinite: bool) -> dict[str, Array]:
-    """Return the singular values of every update that can be squeezed.
+def _spectra(adapter: Adapter, allow_nonfinite: bool, weighing: Weighing | None) -> dict[str, Array]:
+    """Return the singular values of every update that can be squeezed, weighted where there are statistics.
 
     All experts of a stack have one rank, so that their squared values add up, the largest with the largest.
     """
@@ -52,7 +57,10 @@ def _spectra(adapter: Adapter, allow_nonfinite: bool) -> dict[str, Array]:
         directions = low_ranks(update)
         if directions is not None:
             try:
-                values = [generic.svdvals(d) for d in directions]
+                if weighing is not None and name in weighing:
+                    values = [weighing.svdvals(name, d) for d in directions]
+                else:
+                    values = [generic.svdvals(d) for d in directions]
             except NumericsError:
                 if allow_nonfinite:
                     return update

@@ -21,7 +21,8 @@ class Target:
     """What was asked for: exactly one of ``rank``, ``energy``, ``error``, ``size`` (bytes of the file) and ``noise``.
 
     ``max_rank`` caps any of them, ``multiple`` rounds ranks up, ``uniform`` gives every module the largest rank chosen,
-    ``consumer`` rounds that rank up to one its program accepts.
+    ``consumer`` rounds that rank up to one its program accepts. ``nested`` orders the channels by what they hold; alone
+    it keeps every rank.
     """
 
     rank: int | None = None
@@ -33,11 +34,12 @@ class Target:
     multiple: int = 1
     uniform: bool = False
     consumer: str | None = None
+    nested: bool = False
 
     def __post_init__(self) -> None:
         given = [n for n in ("rank", "energy", "error", "size") if getattr(self, n) is not None]
         given += ["rank=noise"] if self.noise else []
-        if len(given) != 1:
+        if len(given) != 1 and not (self.nested and not given):
             raise UsageError(
                 "exactly one target is needed", expected="rank, energy, error or size", got=", ".join(given) or "none"
             )
@@ -70,6 +72,7 @@ class Target:
         rank_multiple: int = 1,
         uniform: bool = False,
         consumer: str | None = None,
+        nested: bool = False,
     ) -> Target:
         """Return the target that these words of a user name; ``rank`` may be "noise" and ``size`` "20MB"."""
         return cls(
@@ -82,6 +85,7 @@ class Target:
             multiple=rank_multiple,
             uniform=uniform,
             consumer=consumer,
+            nested=nested,
         )
 
     @property
@@ -143,6 +147,7 @@ class Target:
         parts += [f"{name}={value}" for name in numbers if (value := getattr(self, name)) is not None]
         parts += [f"rank_multiple={self.multiple}"] if self.multiple > 1 else []
         parts += ["uniform"] if self.uniform else []
+        parts += ["nested"] if self.nested else []
         parts += [f"for {self.consumer}"] if self.consumer else []
         return ", ".join(parts)
 
@@ -155,6 +160,8 @@ class Target:
             return f"r{self.rank}"
         if self.size is not None:
             return f"{self.size}B"
+        if self.energy is None and self.error is None:
+            return "nested"
         return f"energy{self.energy:g}" if self.energy is not None else f"error{self.error:g}"
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from loratools.core.adapter import Adapter
-from loratools.files import BaseLike
+from loratools.files import BaseLike, open_base
 from loratools.kinds.lowrank import low_ranks
 from loratools.ops.ranks import Target
 from loratools.ops.squeeze import How, squeezed
+
+if TYPE_CHECKING:
+    from loratools.io.stats import StatsLike
 
 
 def resize(
@@ -18,15 +22,23 @@ def resize(
     dtype: str | None = None,
     base: BaseLike | None = None,
     allow_nonfinite: bool = False,
+    stats: StatsLike | None = None,
 ) -> Adapter:
     """Return the adapter with exactly ``rank`` columns in every module.
 
     Down: the optimal truncation. Up: zero columns in b keep the function, random rows in a let the new channels train.
-    Scales are kept, so that training can go on as it was. DoRA magnitudes as in ``squeeze``. ``report`` has the same
-    figures; the same errors are raised.
+    Scales are kept, so that training can go on as it was. DoRA magnitudes and ``stats`` as in ``squeeze``.
+    ``report`` has the same figures; the same errors are raised.
     """
     target = Target(rank=rank)
     ranks = {name: rank for name, update in adapter.items() if low_ranks(update) is not None}
-    done, report = squeezed(adapter, How(target, ranks, dtype, True, allow_nonfinite), base)
+    opened = open_base(base)
+    weigh = None
+    if stats is not None:
+        from loratools.ops.weighing import weighing
+
+        weigh = weighing(stats, adapter, opened, target)
+    how = How(target, ranks, dtype, True, allow_nonfinite, weighing=weigh)
+    done, report = squeezed(adapter, how, opened)
     report = report.with_(schema="loratools.resize/1")
-    return replace(done.with_history(f"resize rank={rank}"), report=report)
+    return replace(done.with_history(f"resize {how.words}"), report=report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from loratools.core.adapter import Adapter
 from loratools.core.update import Leaf, Update, tensors
@@ -19,6 +19,10 @@ from loratools.linalg.namespace import all_finite, dtype_name, is_float
 from loratools.ops.ranks import Choose, Edge, Target, no_edge
 from loratools.ops.tally import Tally, squeeze_report
 from loratools.report import Report
+
+if TYPE_CHECKING:
+    from loratools.io.stats import StatsLike
+    from loratools.ops.weighing import Weighing
 
 
 def squeeze(
@@ -37,6 +41,8 @@ def squeeze(
     keep_alpha: bool = False,
     allow_nonfinite: bool = False,
     format: str | None = None,
+    stats: StatsLike | None = None,
+    nested: bool = False,
 ) -> Adapter:
     """Return the adapter whose every update is the nearest one of lower rank (Frobenius; Eckart-Young).
 
@@ -47,6 +53,12 @@ def squeeze(
     many bytes. ``max_rank`` caps any of them; ``rank_multiple`` rounds up; ``uniform`` gives all modules the largest
     rank chosen; ``consumer`` rounds that up to a rank its program accepts. Ranks beyond a module's own are padded with
     zeros (function unchanged). The scale is folded into balanced factors (scale 1) unless ``keep_alpha``.
+
+    ``stats`` weighs the norm: statistics of the modules (a file, or a mapping of its keys; :mod:`loratools.io.stats`),
+    or ``"norm"``, the gains of the norms of ``base``. Energies, errors that are asked for, and a budget's are weighted
+    then; the report has both errors, and says which modules have no statistics. ``nested`` orders the channels of every
+    module so that each leading part is the optimum of its rank at an unchanged scale, also where nothing is cut; no
+    target means all ranks.
 
     DoRA: the direction is squeezed and the magnitude kept; with ``base`` the magnitude is refitted by least squares.
     What is stored whole is carried as it is. ``report`` of the result holds ranks, energies, errors and bytes.
@@ -64,21 +76,27 @@ def squeeze(
         rank_multiple=rank_multiple,
         uniform=uniform,
         consumer=consumer,
+        nested=nested,
     )
     opened = open_base(base)
     edge: Edge = no_edge
     ranks: dict[str, int] = {}
+    weigh = None
+    if stats is not None:
+        from loratools.ops.weighing import weighing  # here and below: most runs do not need them
+
+        weigh = weighing(stats, adapter, opened, target)
     if target.noise:
-        from loratools.ops.edges import noise_edges  # here and below: most runs do not need them
+        from loratools.ops.edges import noise_edges
 
         edge = noise_edges(adapter, opened)
     if target.is_global:
         from loratools.ops.plan import Storage, planned
 
-        ranks = planned(adapter, target, edge, Storage(dtype, format, allow_nonfinite))
-    how = How(target, ranks, dtype, keep_alpha, allow_nonfinite, edge)
+        ranks = planned(adapter, target, edge, Storage(dtype, format, allow_nonfinite), weigh)
+    how = How(target, ranks, dtype, keep_alpha, allow_nonfinite, edge, weigh)
     done, report = squeezed(adapter, how, opened)
-    return replace(done.with_history(f"squeeze {target.words}"), report=report)
+    return replace(done.with_history(f"squeeze {how.words}"), report=report)
 
 
 @dataclass(frozen=True)
@@ -91,10 +109,16 @@ class How:
     keep_alpha: bool = False
     allow_nonfinite: bool = False
     edge: Edge = no_edge
+    weighing: Weighing | None = None
 
     def __post_init__(self) -> None:
         if self.dtype is not None and not is_float(self.dtype):
             raise UsageError("no floating dtype to store factors in", expected="float16, bfloat16, ...", got=self.dtype)
+
+    @property
+    def words(self) -> str:
+        """What was asked for, in words, for reports and histories."""
+        return self.target.words if self.weighing is None else f"{self.target.words} {self.weighing.words}"
 
     def rule(self, name: str) -> Choose:
         """Return the rank rule of one module: the rank planned for it, or what the target says of its spectrum."""
@@ -110,7 +134,8 @@ class How:
         Where nothing is cut the factors stay, if the scale can be folded into them without rounding.
         """
         scale = direction.scale if self.keep_alpha and direction.scale != 0 else 1.0
-        if result.rank == direction.rank and restates_exactly(direction, scale, self.dtype):
+        whole = result.rank == direction.rank and not self.target.nested
+        if whole and restates_exactly(direction, scale, self.dtype):
             new = restated(direction, scale=scale, dtype=self.dtype)
         else:
             new = canonical(direction, result, scale=scale, dtype=self.dtype)
@@ -127,7 +152,8 @@ def squeezed(adapter: Adapter, how: How, base: BaseLike | None = None) -> tuple[
         out = list(updates)
         found = [(i, ds) for i, ds in enumerate(map(low_ranks, updates)) if ds is not None]
         rules = [how.rule(names[i]) for i, ds in found for _ in ds]
-        results = iter(_truncate([d for _, ds in found for d in ds], rules, how.allow_nonfinite))
+        owners = [names[i] for i, ds in found for _ in ds]
+        results = iter(_truncate(owners, [d for _, ds in found for d in ds], rules, how))
         for name, update in zip(names, updates, strict=True):
             if not rest_is_finite(update):
                 if not how.allow_nonfinite:
@@ -140,12 +166,13 @@ def squeezed(adapter: Adapter, how: How, base: BaseLike | None = None) -> tuple[
             if len(cut) == len(directions):
                 parts = [how.stored(names[i], d, result) for d, result in zip(directions, cut, strict=True)]
                 out[i] = magnitudes.refitted(names[i], updates[i], with_low_ranks(updates[i], parts))
-            tally.squeezed(names[i], updates[i], directions, cut, out[i])
+            tally.squeezed(names[i], updates[i], directions, cut, out[i], how.weighing)
         for i in set(range(len(out))) - {i for i, _ in found}:
             tally.carried(names[i], updates[i])
         return out
 
-    return adapter.map_groups(batch), squeeze_report(tally, adapter, how.target.words)
+    done = adapter.map_groups(batch)
+    return done, squeeze_report(tally, adapter, how.words, () if how.weighing is None else how.weighing.said)
 
 
 def rest_is_finite(update: Update) -> bool:
@@ -176,17 +203,18 @@ class Magnitudes(NamedTuple):
 
 
 def _truncate(
-    directions: Sequence[LowRank], rules: Sequence[Choose], allow_nonfinite: bool
+    names: Sequence[str], directions: Sequence[LowRank], rules: Sequence[Choose], how: How
 ) -> list[factored.Truncation | None]:
     pairs = [(d.b, d.a) for d in directions]
     scales = [d.scale for d in directions]
     try:
+        if how.weighing is not None:
+            return [how.weighing.truncate(*one) for one in zip(names, directions, rules, strict=True)]
         return list(factored.truncate_many(pairs, scales, rules))
     except NumericsError:
         if len(pairs) > 1:  # find the one at fault
-            return [
-                r for d, rule in zip(directions, rules, strict=True) for r in _truncate([d], [rule], allow_nonfinite)
-            ]
-        if allow_nonfinite:
+            each = zip(names, directions, rules, strict=True)
+            return [r for name, d, rule in each for r in _truncate([name], [d], [rule], how)]
+        if how.allow_nonfinite:
             return [None]
         raise

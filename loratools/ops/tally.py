@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.core.adapter import Adapter
 from loratools.core.update import Update, nbytes
@@ -13,11 +13,15 @@ from loratools.linalg.factored import Truncation, frobenius
 from loratools.linalg.namespace import dtype_name, namespace, up
 from loratools.report import Report
 
+if TYPE_CHECKING:
+    from loratools.ops.weighing import Weighing
+
 UNITS = {
     "rank_before": "columns of the factors as stored",
     "rank_after": "columns of the factors as written",
     "energy": "share of the squared Frobenius norm that the kept singular values hold",
     "relative_error": "Frobenius norm of (written - original) / Frobenius norm of the original, rounding included",
+    "weighted_error": "the same in the norm of the statistics, where there are any",
     "bytes_before": "bytes of the stored tensors",
     "bytes_after": "bytes of the written tensors",
 }
@@ -37,6 +41,8 @@ class Tally:
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
         self.squares: dict[str, tuple[float, float]] = {}  # name -> (|D|^2, |D' - D|^2)
+        self.held: dict[str, float] = {}  # name -> |D|^2 in the norm of which the energy is a share
+        self.weighted: dict[str, tuple[float, float]] = {}  # as squares, in the norm of statistics
         self.zero: list[str] = []
         self.nonfinite: list[str] = []
 
@@ -47,10 +53,12 @@ class Tally:
         directions: Sequence[LowRank],
         results: Sequence[Truncation],
         after: Update,
+        weighing: Weighing | None = None,
     ) -> None:
         """Note a module that was truncated: one product, or one per expert of a stack, whose ranks are the largest.
 
-        With fewer results than products the module was carried, because it is not finite.
+        With fewer results than products the module was carried, because it is not finite. Energies are those of the
+        norm in which it was cut.
         """
         rank = max(d.rank for d in directions)
         if len(results) < len(directions):
@@ -60,18 +68,28 @@ class Tally:
         new = low_ranks(after)
         assert new is not None  # what had a direction keeps one
         totals = [float((r.singular_values**2).sum()) for r in results]
-        total, wrong = sum(totals), sum(map(_wrong, directions, results, new, totals))
-        self.squares[name] = (total, wrong)
-        if total == 0.0:
-            self.zero.append(name)
-        error = math.sqrt(wrong / total) if total else 0.0
+        held = self.held[name] = sum(totals)
         lost = sum(t * (1.0 - r.energy) for t, r in zip(totals, results, strict=True))
-        energy = 1.0 - lost / total if total else 1.0
-        self.rows[name] = _row(name, before, after, rank, max(d.rank for d in new), energy, error)
+        energy = 1.0 - lost / held if held else 1.0
+        more = {}
+        if weighing is not None and name in weighing:
+            found = weighing.squares(name, directions, new)
+            self.squares[name], self.weighted[name] = found[:2], found[2:]
+            more["weighted_error"] = _relative(*found[2:])
+        else:
+            self.squares[name] = held, sum(map(_wrong, directions, results, new, totals))
+        if self.squares[name][0] == 0.0:
+            self.zero.append(name)
+        error = _relative(*self.squares[name])
+        self.rows[name] = {**_row(name, before, after, rank, max(d.rank for d in new), energy, error), **more}
 
     def carried(self, name: str, update: Update) -> None:
         """Note a module that squeezing leaves as it is."""
         self.rows[name] = _row(name, update, update, None, None, 1.0, 0.0)
+
+
+def _relative(whole: float, wrong: float) -> float:
+    return math.sqrt(wrong / whole) if whole else 0.0
 
 
 def _wrong(before: LowRank, result: Truncation, written: LowRank, total: float) -> float:
@@ -126,8 +144,8 @@ def restating(before: LowRank, written: LowRank) -> float:
     return frobenius(xp.concat([bw - b, bw], axis=1), xp.concat([a, aw - a], axis=0)) ** 2
 
 
-def squeeze_report(tally: Tally, adapter: Adapter, words: str) -> Report:
-    """Return the report of a squeeze to ``words`` of ``adapter``."""
+def squeeze_report(tally: Tally, adapter: Adapter, words: str, said: tuple[str, ...] = ()) -> Report:
+    """Return the report of a squeeze to ``words`` of ``adapter``; ``said`` are further warnings."""
     rows = tuple(tally.rows[name] for name in adapter)
     before = sum(d for d, _ in tally.squares.values())
     wrong = sum(e for _, e in tally.squares.values())
@@ -142,13 +160,17 @@ def squeeze_report(tally: Tally, adapter: Adapter, words: str) -> Report:
         "bytes_before": sum(row["bytes_before"] for row in rows) + carried,
         "bytes_after": sum(row["bytes_after"] for row in rows) + carried,
     }
-    return Report("loratools.squeeze/1", rows, total, UNITS, _warnings(tally, adapter), extra={"target": words})
+    if tally.weighted:
+        total["weighted_error"] = _relative(*(sum(column) for column in zip(*tally.weighted.values(), strict=True)))
+    return Report(
+        "loratools.squeeze/1", rows, total, UNITS, (*_warnings(tally, adapter), *said), extra={"target": words}
+    )
 
 
 def _mean_energy(tally: Tally, rows: tuple[Mapping[str, Any], ...]) -> float:
     kept = {row["name"]: row["energy"] for row in rows}
-    total = sum(d for d, _ in tally.squares.values())
-    return sum(d * kept[name] for name, (d, _) in tally.squares.items()) / total if total else 1.0
+    total = sum(tally.held.values())
+    return sum(d * kept[name] for name, d in tally.held.items()) / total if total else 1.0
 
 
 def _warnings(tally: Tally, adapter: Adapter) -> tuple[str, ...]:
