@@ -21,8 +21,8 @@ def orientations(
     """Return module path -> orientation, for ``shapes`` path -> (out, in) and ``stored`` path -> shape in the base.
 
     A size may be None where the adapter does not tell it. A parameter that fits both ways, as a square one, follows its
-    siblings (same last name) that fit one way only. Raises :class:`MismatchError` where the base
-    has neither orientation, or where siblings disagree.
+    siblings (same last name) that fit one way only, else all others where they are (in, out). Raises
+    :class:`MismatchError` where the base has neither orientation, or where siblings disagree.
     """
     said: Orientation = "in_out" if fan_in_fan_out else "out_in"
     if stored is None:
@@ -32,7 +32,9 @@ def orientations(
     for path, orientation in seen.items():
         if orientation is not None and by_type.setdefault(_type(path), orientation) != orientation:
             raise MismatchError("modules of one type are stored in two orientations", parameter=path)
-    return {path: orientation or by_type.get(_type(path), said) for path, orientation in seen.items()}
+    decided = set(seen.values()) - {None}
+    rest: Orientation = "in_out" if decided == {"in_out"} else said  # some types leave the flag of a Conv1D model false
+    return {path: orientation or by_type.get(_type(path), rest) for path, orientation in seen.items()}
 
 
 def contradicted(turned: Mapping[str, Orientation], fan_in_fan_out: bool) -> str | None:
@@ -49,7 +51,7 @@ def contradicted(turned: Mapping[str, Orientation], fan_in_fan_out: bool) -> str
 
 
 def _by_shape(path: str, shape: Shape, stored: tuple[int, ...]) -> Orientation | None:
-    straight, turned = _fits(shape, stored), _fits(shape[::-1], stored)
+    straight, turned = fits(shape, stored), fits(shape[::-1], stored)
     if not straight and not turned:
         raise MismatchError("the adapter does not fit the base", parameter=f"{path}.weight", expected=stored, got=shape)
     if straight and turned:
@@ -57,7 +59,8 @@ def _by_shape(path: str, shape: Shape, stored: tuple[int, ...]) -> Orientation |
     return "out_in" if straight else "in_out"
 
 
-def _fits(shape: Shape, stored: tuple[int, ...]) -> bool:
+def fits(shape: Shape, stored: tuple[int, ...]) -> bool:
+    """Return whether a stored shape is that of (out, in), as far as these are known."""
     return len(stored) == 2 and all(n is None or n == m for n, m in zip(shape, stored, strict=True))
 
 

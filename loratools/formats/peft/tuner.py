@@ -23,7 +23,7 @@ from loratools.formats.pairs import EMBEDDINGS
 from loratools.formats.peft.fields import Fields
 from loratools.formats.peft.forms.form import Found, Remark, need_elements, told
 from loratools.formats.peft.lora_sort import Parts, sort_keys
-from loratools.formats.peft.orientation import Orientation, contradicted, orientations
+from loratools.formats.peft.orientation import Orientation, contradicted, fits, orientations
 from loratools.formats.peft.reading import Reading
 from loratools.formats.peft.tuner_keys import parser
 from loratools.io.base import Base
@@ -117,6 +117,11 @@ class Module:
         return tuple(n for n in self.size if n is not None)
 
     @property
+    def bias_shape(self) -> tuple[int, ...] | None:
+        """Shape of the module's bias in the base; None where it has none, or no base says."""
+        return self.model.stored.get(f"{self.path}.bias")
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
         """(out, product of the rest) of the shape."""
         return self.shape[0], prod(self.shape[1:])
@@ -154,20 +159,22 @@ class Module:
 class Tuner(ABC):
     """Reader of one type; ``leaves`` are those under a module, ``shared`` those under ``base_model.``.
 
-    Segments of a leaf may hold ``*`` (see :mod:`loratools.formats.peft.tuner_keys`).
+    Segments of a leaf may hold ``*`` (see :mod:`loratools.formats.peft.tuner_keys`). ``as_stored``: the tensors have
+    the orientation of the stored parameter, whichever that is.
     """
 
     type: ClassVar[str] = ""
     leaves: ClassVar[tuple[str, ...]]
     shared: ClassVar[tuple[str, ...]] = ()
+    as_stored: ClassVar[bool] = False
 
     @abstractmethod
     def size(self, m: Module) -> Size:
         """Return the logical (out, in[, *kernel]) as far as the tensors of the module tell it."""
 
     @abstractmethod
-    def weight(self, m: Module) -> Update:
-        """Return how the weight changes, in the logical orientation, of shape ``m.shape``."""
+    def weight(self, m: Module) -> Update | None:
+        """Return how the weight changes, in the logical orientation, of shape ``m.shape``; None where it does not."""
 
     def bias(self, m: Module) -> Update | None:
         """Return how the bias changes, None where it does not."""
@@ -176,6 +183,10 @@ class Tuner(ABC):
     def modules(self, modules: Mapping[str, Parts], shared: Parts, base: Base | None) -> Mapping[str, Parts]:
         """Return the modules by path; a type whose file does not list them says here where they are."""
         return modules
+
+    def is_embedding(self, m: Module) -> bool:
+        """Return whether the weight is that of an embedding, stored (in, out); by its name, unless tensors tell."""
+        return m.path.rpartition(".")[2] in EMBEDDINGS
 
     def unmergeable(self, m: Module) -> str | None:
         """Return why the update cannot be added to a base weight, if so."""
@@ -232,6 +243,8 @@ class Tuner(ABC):
         """Return the modules with their sizes and orientations, and the orientation of matrices by path."""
         bare = [Module(path, parts, model) for path, parts in model.modules.items()]
         sizes = {m.path: self.size(m) for m in bare}
+        if self.as_stored:
+            return [Module(m.path, m.parts, model, sizes[m.path]) for m in bare], {}
         for path, size in sizes.items():
             _need_kernel(f"{path}.weight", size, model.stored.get(f"{path}.weight"))
         flat: dict[str, tuple[int | None, int | None]] = {
@@ -239,11 +252,14 @@ class Tuner(ABC):
             for path, size in sizes.items()
             if len(size) == 2 and len(model.stored.get(f"{path}.weight", size)) == 2
         }
-        stored = None if model.base is None else {path: model.stored[f"{path}.weight"] for path in flat}
-        turned = dict(orientations(flat, model.fields.flag("fan_in_fan_out"), stored))
-        if stored is None:
-            turned |= {path: "in_out" for path in flat if path.rpartition(".")[2] in EMBEDDINGS}
-        return [Module(m.path, m.parts, model, sizes[m.path], turned.get(m.path) == "in_out") for m in bare], turned
+        stored = {path: model.stored.get(f"{path}.weight") for path in flat}
+        embedded = {m.path for m in bare if m.path in flat and self.is_embedding(m)
+                    and ((there := stored[m.path]) is None or fits(flat[m.path][::-1], there))}  # fmt: skip
+        rest = {path: size for path, size in flat.items() if path not in embedded}
+        known = None if model.base is None else {path: model.stored[f"{path}.weight"] for path in rest}
+        turned = orientations(rest, model.fields.flag("fan_in_fan_out"), known)
+        inner = embedded | {path for path, orientation in turned.items() if orientation == "in_out"}
+        return [Module(m.path, m.parts, model, sizes[m.path], m.path in inner) for m in bare], turned
 
     def _found(self, m: Module) -> Iterable[Found]:
         """Yield the updates of a module as its parameters are stored."""
@@ -253,7 +269,8 @@ class Tuner(ABC):
             raise error.at(parameter=m.path) from error
         layout = {"path": m.path, "stored": "in_out" if m.turned else "out_in"}
         why = self.unmergeable(m)
-        yield Found(m.name, transposed(update) if m.turned else update, layout, unmergeable=why)
+        if update is not None:
+            yield Found(m.name, transposed(update) if m.turned else update, layout, unmergeable=why)
         if bias is not None:
             yield Found(f"{m.path}.bias", bias, {"path": m.path}, unmergeable=why)
 

@@ -51,6 +51,9 @@ class Oracle:
         torch.manual_seed(seed)
         self.folder = folder
         toy = Toy(targets)
+        for parameter in toy.parameters():
+            if not parameter.any():  # a bias of zeros would hide its change
+                parameter.data.normal_(std=0.1)
         self.base = {name: t.detach().clone().numpy() for name, t in toy.state_dict().items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

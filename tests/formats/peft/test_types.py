@@ -22,12 +22,16 @@ TOLERANCE = 5e-7  # of max|D|: PEFT's products in fp32; and of its rounding of W
 
 @dataclass(frozen=True)
 class Type:
-    """``needs``: nothing, the base's ``shapes``, or its ``values``. Conv1D goes apart: its flag is for all modules."""
+    """``needs``: nothing, the base's ``shapes``, or its ``values``. Conv1D goes apart: its flag is for all modules.
+
+    ``may`` are last names of tensors that a file may lack.
+    """
 
     config: str
     fields: dict[str, Any] = field(default_factory=dict)
     layers: tuple[str, ...] = LINEAR
     needs: str = ""
+    may: tuple[str, ...] = ()
 
     @property
     def models(self) -> list[list[str]]:
@@ -43,6 +47,27 @@ TYPES: dict[str, Type] = {
     "loha": Type("LoHaConfig", {"r": 3, "alpha": 5}, (*LINEAR, "conv", "point", "line")),
     "loha-cores": Type("LoHaConfig", {"r": 3, "alpha": 5, "use_effective_conv2d": True},
                        (*LINEAR, "conv", "point", "line")),
+    "ia3": Type("IA3Config", {"feedforward_modules": []}, (*LINEAR, *CONV1D, "conv", "point"), "shapes"),
+    "ia3-inputs": Type("IA3Config", {"feedforward_modules": ".*"},
+                       (*LINEAR, *CONV1D, "conv", "point"), "shapes"),
+    "oft": Type("OFTConfig", {"oft_block_size": 4}, (*LINEAR, "conv", "point", "embedding"), "shapes"),
+    "oft-exact": Type("OFTConfig", {"oft_block_size": 3, "use_cayley_neumann": False},
+                      (*LINEAR, "conv", "point", "embedding"), "shapes"),
+    "oft-shared": Type("OFTConfig", {"oft_block_size": 4, "block_share": True},
+                       (*LINEAR, "conv", "point", "embedding"), "shapes"),
+    "oft-coft": Type("OFTConfig", {"r": 6, "oft_block_size": 0, "coft": True, "eps": 2.0},
+                     (*LINEAR, "conv", "point", "embedding"), "shapes"),
+    "boft": Type("BOFTConfig", {"boft_block_size": 4}, (*LINEAR, "conv", "point")),
+    "hra": Type("HRAConfig", {"r": 4}, (*LINEAR, "conv", "point"), "shapes"),
+    "hra-gs": Type("HRAConfig", {"r": 3, "apply_GS": True}, (*LINEAR, "conv", "point"), "shapes"),
+    "road-1": Type("RoadConfig", {"variant": "road_1", "group_size": 4}, LINEAR, "shapes"),
+    "road-2": Type("RoadConfig", {"variant": "road_2", "group_size": 12}, LINEAR, "shapes"),
+    "road-4": Type("RoadConfig", {"variant": "road_4", "group_size": 2}, LINEAR, "shapes"),
+    "hira": Type("HiraConfig", {"r": 4}, (*LINEAR, *CONV1D, "conv", "point", "line", "embedding")),
+    "osf": Type("OSFConfig", {"effective_rank": 8}, LINEAR),
+    "ln_tuning": Type("LNTuningConfig", {}, LAYERS, may=("bias",)),
+    "trainable_tokens": Type("TrainableTokensConfig", {"token_indices": [5, 1, 30]}, ("up", "embedding"), "rows"),
+    "beft": Type("BeftConfig", {}, LINEAR),
 }  # fmt: skip
 
 
@@ -67,6 +92,8 @@ def test_the_base_is_asked_for_only_where_it_is_needed(name: str, oracle: Callab
             made.read(base=False)
         return
     alone, given = made.read(base=False), made.read()
+    if kind.needs == "rows":  # only the base says how many there are
+        return
     for parameter, u in given.items():
         w = made.base[parameter].astype(np.float64)
         flat = w.reshape(alone[parameter].shape)  # a kernel that the file does not tell lies in the columns
@@ -78,8 +105,14 @@ def test_peft_refuses_the_other_layers(name: str, oracle: Callable[..., Any]) ->
     kind = TYPES[name]
     for layer in LAYERS:
         if layer not in kind.layers:
-            with pytest.raises(Exception):  # noqa: B017 - whatever PEFT raises
-                oracle(kind.config, [layer], **kind.fields).changes()
+            assert _is_refused(lambda layer=layer: oracle(kind.config, [layer], **kind.fields).changes()), layer
+
+
+def _is_refused(changes: Callable[[], Any]) -> bool:
+    try:
+        return not changes()  # some types pass over a layer in silence
+    except Exception:  # whatever PEFT raises
+        return True
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -104,6 +137,8 @@ def test_a_missing_tensor_is_named(name: str, oracle: Callable[..., Any]) -> Non
     weights = made.folder / "adapter_model.safetensors"
     tensors = load_file(weights)
     for key in tensors:
+        if key.endswith(kind.may):
+            continue
         save_file({k: t for k, t in tensors.items() if k != key}, weights)
         with pytest.raises(LoratoolsError, match=key.rpartition(".")[2]):
             made.read()
