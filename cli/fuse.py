@@ -34,7 +34,7 @@ COLUMNS: tuple[_show.Column, ...] = (
 @click.option("--energy", type=float, help="Recompress to the smallest rank that keeps this share of squared norm.")
 @click.option(
     "--stats", metavar="FILE", multiple=True, type=click.Path(path_type=Path),
-    help="Input statistics for regmean, once per IN in order.",
+    help="What the inputs of each IN saw, for regmean; once per IN, in order.",
 )  # fmt: skip
 @click.option("--take", metavar="NAME", help="The IN whose heads and embeddings are taken where they are not equal.")
 @click.option("--same-base", is_flag=True, help="Trust that differing base ids mean one model (shapes are checked).")

@@ -30,7 +30,7 @@ def regmean(
     """(sum w_i D_i G_i)(sum w_i G_i)^-1 with G_i = X_i^T X_i, the inputs that task i sees at this module.
 
     Minimises sum w_i |(D - D_i) X_i|^2; weights count relative to each other. ``--stats`` gives one file per adapter:
-    per parameter the Gram matrix (n, n) or its diagonal (n,). Off-diagonals are multiplied by ``alpha``. Equal
+    per module ``in_gram`` (n, n) or ``in_diag`` (n,). Off-diagonals are multiplied by ``alpha``. Equal
     statistics give the weighted mean. Exact in factors: B = [B_i], A = [w_i A_i G_i](sum w_i G_i)^-1.
     """
     check_statistics(statistics, len(deltas))

@@ -8,11 +8,11 @@ from math import prod
 from typing import Any
 
 from loratools.core.adapter import Adapter
-from loratools.errors import MismatchError, UsageError
+from loratools.errors import MismatchError, UnsupportedError, UsageError
 from loratools.files import BaseLike, open_base
 from loratools.fusion.base import FUSIONS, Method
-from loratools.io.base import Base
 from loratools.io.spool import Spool
+from loratools.io.stats import Collected, StatsLike, load_stats
 from loratools.ops.fuse_cut import Aim
 from loratools.ops.fuse_inputs import (
     Row,
@@ -42,7 +42,7 @@ def fuse(
     energy: float | None = None,
     dtype: str | None = None,
     base: BaseLike | None = None,
-    stats: Sequence[BaseLike] | None = None,
+    stats: Sequence[StatsLike] | None = None,
     take: str | None = None,
     same_base: bool = False,
     seed: int = 0,
@@ -54,8 +54,8 @@ def fuse(
     ``base``; ranks, dtypes and target modules may differ (a missing module is zero). ``weights`` are 1 unless given and
     never normalised in silence. ``rank`` or ``energy`` recompress the result by ``squeeze``; a result without factors
     (element-wise rules, DoRA) is cut to the sum of the inputs' ranks unless one of them, or ``rank="full"``, is given.
-    ``stats``: for regmean, per adapter a mapping or file of (n,) or (n, n) statistics. What is stored whole must be
-    equal in all inputs, or ``take`` names the input that decides. ``report`` of the result has the figures.
+    ``stats``: for regmean, per adapter statistics of its inputs (:mod:`loratools.io.stats`). What is stored whole must
+    be equal in all inputs, or ``take`` names the input that decides. ``report`` of the result has the figures.
 
     Memory: one module per thread; results beyond 32 MB wait in a temporary file. Raises UsageError for an unknown
     method or setting and for weights that do not match, MismatchError for different bases (the first three differences
@@ -71,7 +71,7 @@ def fuse(
     whole, left = whole_updates(rows, names, taken), leftovers(adapters, names, taken)
     additive = {name: row for name, row in rows.items() if name not in whole and not is_whole(row)}
     check_coats(additive, opened)
-    modules = Work(how, opened, in_base, _statistics(how.method, stats, additive, names), Spool()).done(additive)
+    modules = Work(how, opened, in_base, _statistics(how.method, stats, additive, adapters), Spool()).done(additive)
     updates = {n: whole[n] if n in whole else modules[n].update for n in rows if n in whole or n in modules}
     meta = fused_meta(adapters, updates, left, take=taken)
     report = fuse_report(how.words, modules, whole, adapters, names, how.weights, remarks)
@@ -94,30 +94,42 @@ def _planned(
 
 
 def _statistics(
-    method: Method, stats: Sequence[BaseLike] | None, rows: Mapping[str, Row], names: Sequence[str]
+    method: Method, stats: Sequence[StatsLike] | None, rows: Mapping[str, Row], adapters: Sequence[Adapter]
 ) -> Statistics | None:
     """Return the opened statistics, names resolved and shapes checked; UsageError where they are missing or idle."""
     if "statistics" not in method.handed_over:
         if stats:
             raise UsageError(f"method {method.name!r} uses no statistics", hint="regmean does")
         return None
-    if stats is None or len(stats) != len(names):
+    if stats is None or len(stats) != len(adapters):
         raise UsageError(
-            f"method {method.name!r} needs statistics of every adapter's inputs", expected=f"{len(names)} of them",
+            f"method {method.name!r} needs statistics of every adapter's inputs", expected=f"{len(adapters)} of them",
             got=0 if stats is None else len(stats), hint="--stats FILE once per IN, in their order",
         )  # fmt: skip
-    opened = [Base.open(source) for source in stats]
-    found: Statistics = [(one, one.resolve(rows)) for one in opened]
+    turned = [n for n in rows if any(a.meta.layout.get(n, {}).get("stored") == "in_out" for a in adapters)]
+    if turned:
+        raise UnsupportedError(
+            f"method {method.name!r} weighs inputs, which {len(turned)} parameters have as their rows",
+            got=", ".join(turned[:3]), hint="another method treats embeddings and GPT-2's Conv1D",
+        )  # fmt: skip
+    found: Statistics = [(one, one.resolve(rows)) for one in map(load_stats, stats)]
     for one, at in found:
-        wrong = [f"{n}: {one.shapes[at[n]]}" for n, row in rows.items() if not _fits(one.shapes[at[n]], row)]
+        wrong = [f"{n}: {_seen(one, at, n)}" for n, row in rows.items() if not _fits(one, at, n, row)]
         if wrong:
             raise MismatchError(
-                f"{len(wrong)} statistics do not fit their modules", file=one.path,
-                expected="(inputs, inputs) or (inputs,)", got="; ".join(wrong[:3]),
+                f"{len(wrong)} modules have no statistics of their inputs that fit", file=one.path,
+                expected="in_gram (inputs, inputs) or in_diag (inputs,)", got="; ".join(wrong[:3]),
             )  # fmt: skip
     return found
 
 
-def _fits(shape: tuple[int, ...], row: Row) -> bool:
-    n = next(prod(u.shape[1:]) for u in row if u is not None)
-    return shape in ((n,), (n, n))
+def _fits(stats: Collected, at: Mapping[str, str], name: str, row: Row) -> bool:
+    inputs = stats[at[name]].inputs if name in at else None
+    u = next(u for u in row if u is not None)
+    n = u.shape[-1] if u.kind == "stack" else prod(u.shape[1:])
+    return inputs is not None and inputs.shape[0] == n
+
+
+def _seen(stats: Collected, at: Mapping[str, str], name: str) -> str:
+    inputs = stats[at[name]].inputs if name in at else None
+    return "none" if inputs is None else str(inputs.shape)

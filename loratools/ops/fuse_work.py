@@ -13,6 +13,7 @@ from loratools.fusion.base import Method
 from loratools.fusion.combine import Zero, like_of
 from loratools.io.base import Base
 from loratools.io.spool import Spool
+from loratools.io.stats import Collected
 from loratools.kinds.dora import DoraDelta
 from loratools.kinds.lowrank import LowRank, low_rank, low_ranks, with_low_ranks
 from loratools.kinds.stack import Stack
@@ -22,8 +23,8 @@ from loratools.ops.fuse_inputs import Row, true_updates
 from loratools.ops.fuse_tally import Figures, measured, measured_sum, summed
 from loratools.ops.fuse_words import Module
 
-Statistics = Sequence[tuple[Base, Mapping[str, str]]]
-"""Per adapter: where its statistics lie, and module name -> name there."""
+Statistics = Sequence[tuple[Collected, Mapping[str, str]]]
+"""Per adapter: what its modules saw, and parameter -> module."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Work:
         """Fuse one parameter: one matrix, or every expert of a stack."""
         try:
             deltas = true_updates(name, row, self.base, self.in_base)
-            statistics = None if self.statistics is None else [one[at[name]] for one, at in self.statistics]
+            statistics = None if self.statistics is None else [_inputs(*one, name) for one in self.statistics]
             dtype = self.how.dtype or _widest(row)
             if any(isinstance(d, Stack) for d in deltas):
                 return self._stack(deltas, dtype, statistics)
@@ -122,6 +123,12 @@ class Work:
     def _kept(self, update: Update) -> Update:
         """Return the update with its tensors in the spool."""
         return replace(update, **{name: self.spool.keep(t) for name, t in tensors(update)})  # type: ignore[type-var]
+
+
+def _inputs(stats: Collected, at: Mapping[str, str], name: str) -> Array:
+    inputs = stats[at[name]].inputs
+    assert inputs is not None  # checked before any work
+    return inputs.read()
 
 
 def _loaded(d: Delta) -> Delta:

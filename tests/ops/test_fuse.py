@@ -332,12 +332,16 @@ def test_experts_may_be_stored_one_by_one_in_the_base() -> None:
 def test_regmean_takes_statistics_by_name() -> None:
     rng = np.random.default_rng(0)
     parts = [adapter(q_weight=low(2, i)) for i in (1, 2)]
-    stats = [{"q.weight": rng.uniform(1, 2, N)} for _ in parts]
+    stats = [{"q.in_diag": rng.uniform(1, 2, N)} for _ in parts]
     done = fuse(parts, method="regmean", stats=stats)
-    g, h = (s["q.weight"] for s in stats)
+    g, h = (s["q.in_diag"] for s in stats)
     assert close(done["q.weight"], (dense(parts[0]["q.weight"]) * g + dense(parts[1]["q.weight"]) * h) / (g + h))
-    with pytest.raises(MismatchError, match="statistics do not fit"):
-        fuse(parts, method="regmean", stats=[{"q.weight": np.ones(N + 1)}] * 2)
+    for wrong in ({"q.in_diag": np.ones(N + 1)}, {"q.out_diag": np.ones(M)}, {"v.in_diag": np.ones(N)}):
+        with pytest.raises(MismatchError, match="no module of the adapter|no statistics of their inputs that fit"):
+            fuse(parts, method="regmean", stats=[wrong] * 2)
+    turned = [replace(p, meta=replace(p.meta, layout={"q.weight": {"stored": "in_out"}})) for p in parts]
+    with pytest.raises(UnsupportedError, match="which 1 parameters have as their rows"):
+        fuse(turned, method="regmean", stats=stats)
 
 
 def test_results_wait_on_the_disk_beyond_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
