@@ -57,11 +57,11 @@ class Dora(Update):
     def split(self, w: Array) -> tuple[Array, Array]:
         """Return the gain and D formed, W being in fp32 or fp64: W' = g (W + D)."""
         d = self.direction.dense()
-        return self._gain(axis_norms(w + d, self.axis), dtype_name(w)), d
+        return self.gain_of(axis_norms(w + d, self.axis), dtype_name(w)), d
 
     def gain(self, w: Leaf | Array) -> Array:
         """Return magnitude / (||W + D|| + eps), a vector of length shape[axis]; W is read by blocks where it can be."""
-        return self._gain(sum_norms(w, self.direction, self.axis), working_dtype(w, self.magnitude))
+        return self.gain_of(sum_norms(w, self.direction, self.axis), working_dtype(w, self.magnitude))
 
     def _checked(self, w: Array | None) -> Array:
         if w is None or shape_of(w) != self.shape:
@@ -69,7 +69,8 @@ class Dora(Update):
             raise MismatchError("a magnitude needs its base parameter", expected=self.shape, got=got)
         return up(w, working_dtype(w, self.magnitude))
 
-    def _gain(self, norms: Array, dtype: str) -> Array:
+    def gain_of(self, norms: Array, dtype: str = "float64") -> Array:
+        """Return magnitude / (norms + eps), in the given dtype. Raises NumericsError for a norm of zero."""
         norms = norms + self.eps
         if not bool(namespace(norms).all(norms > 0)):
             raise NumericsError("a row of W + D is zero or not a number, its direction is undefined")

@@ -78,6 +78,8 @@ def convert(
         made = {row["name"]: row for row in _report_of(named).modules}
     elif rank is not None or settings:
         raise UsageError("a rank and settings belong to a type", expected="--type", got=rank or ", ".join(settings))
+    if not plain.meta.scaled and not own:
+        warnings.append("the input does not say its scale: 1 stands for it (--scale NUMBER says it)")
     warnings += [*odd, *_losses(list(made.values()), type, named)]
     own = to == adapter.meta.source and type is None
     done: dict[str, Update] = {}

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from math import prod, sqrt
 from typing import NamedTuple
 
-from loratools.core.update import Array, Delta, Update
-from loratools.kinds.dora import Dora, along, axis_norms
+from loratools.core.update import Array, Update
+from loratools.kinds.dora import Dora, along
+from loratools.kinds.rebased import Rebased
+from loratools.kinds.replace_rows import ReplaceRows
 from loratools.linalg.namespace import namespace, up, working_dtype
 
 Weighted = tuple[float, Update]
@@ -24,9 +26,10 @@ class Folded(NamedTuple):
 def fold(w: Array, terms: Sequence[Weighted]) -> Folded:
     """Return W' = W + sum_i weight_i (u_i.apply(W) - W), every update against the same W; nothing is rounded.
 
-    One update of weight 1 is applied as it is, so that rows it stores come out exactly. O(m n r) per low-rank term.
+    What stores rows is applied as it is where it is alone at weight 1, so that they come out exactly. O(m n r) per
+    low-rank term.
     """
-    if len(terms) == 1 and terms[0][0] == 1 and not isinstance(terms[0][1], Delta | Dora):
+    if len(terms) == 1 and terms[0][0] == 1 and isinstance(terms[0][1], ReplaceRows | Rebased):
         value = terms[0][1].apply(w)
         return Folded(value, value - w)
     total: Array | None = None
@@ -67,14 +70,15 @@ def square(x: Array) -> float:
     return float(xp.sum(up(xp.linalg.vecdot(rows, rows), "float64")))
 
 
-def agreement(dora: Dora, w: Array) -> dict[str, float]:
+def agreement(dora: Dora, norms: Array) -> dict[str, float]:
     """Return the sums of the correlation between log magnitude and log |row of W|; W without D: a wrong base has none.
 
-    Magnitudes begin as the row norms of the base and move little in training. (The rows of W + D share D with the
-    adapter, so that they agree somewhat with magnitudes trained on any base.)
+    ``norms`` are those of W along the axis of the magnitude. Magnitudes begin as the row norms of the base and move
+    little in training. (The rows of W + D share D with the adapter, so that they agree somewhat with magnitudes trained
+    on any base.)
     """
-    xp = namespace(w)
-    m, n = (xp.log(xp.abs(up(x, "float64")) + 1e-30) for x in (dora.magnitude, axis_norms(w, dora.axis)))
+    xp = namespace(norms)
+    m, n = (xp.log(xp.abs(up(x, "float64")) + 1e-30) for x in (dora.magnitude, norms))
     pairs = {"rows": m * 0 + 1, "m": m, "n": n, "mm": m * m, "nn": n * n, "mn": m * n}
     return {f"dora_{key}": float(xp.sum(value)) for key, value in pairs.items()}
 

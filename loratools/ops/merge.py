@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loratools.core.adapter import Adapter
 from loratools.core.update import Array
-from loratools.errors import UsageError
+from loratools.errors import MissingScaleError, UsageError
 from loratools.files import BaseLike, open_base
 from loratools.io.base import Base
 from loratools.io.output import check_output
@@ -114,9 +114,20 @@ def require_model(base: BaseLike) -> Base:
 
 
 def checked_weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> tuple[float, ...]:
-    """Return one finite weight per adapter, 1 by default. Raises UsageError otherwise."""
+    """Return one finite weight per adapter, 1 by default. Raises UsageError otherwise.
+
+    Raises MissingScaleError where a file does not say how strongly its factors act, and no weight is given that could.
+    """
     if not adapters:
         raise UsageError("nothing to merge", expected="at least one adapter")
+    unknown = next((a for a in adapters if not a.meta.scaled), None)
+    if unknown is not None and weights is None:
+        raise MissingScaleError(
+            f"a {unknown.meta.source} file that does not say how strongly its factors act",
+            file=unknown.meta.path,
+            hint="give the scale of the training as its weight: --weights SCALE; or write it down: "
+            "loratools convert IN --to FORMAT --scale SCALE",
+        )
     found = tuple(float(w) for w in weights) if weights is not None else (1.0,) * len(adapters)
     if len(found) != len(adapters) or not all(map(isfinite, found)):
         raise UsageError("one finite weight per adapter is needed", expected=len(adapters), got=list(found))

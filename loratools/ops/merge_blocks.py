@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from loratools.core.rows import rowwise
-from loratools.core.update import Array, Leaf
+from loratools.core.update import Array, Leaf, Update
 from loratools.errors import NumericsError
 from loratools.io.base import Base
 from loratools.io.save_like import Shard, shards_like
 from loratools.io.write import TensorPlan
+from loratools.kinds.dora import Dora, axis_norms
 from loratools.kinds.replace import Replace
 from loratools.linalg.namespace import all_finite, up, working_dtype
 from loratools.linalg.rounding import rounded
@@ -18,6 +19,7 @@ from loratools.linalg.seeds import Key, key_of
 from loratools.ops import fp8
 from loratools.ops.fold import Folded, Weighted, agreement, fold, square
 from loratools.ops.rewrite import Block, Change, Figures
+from loratools.ops.settle import Pass, can_settle, once, settle
 from loratools.ops.targets import Target, Targets
 
 
@@ -56,23 +58,41 @@ def _change(base: Base, target: Target, how: Rounding) -> Change:
     source = None if target.source is None else base.leaf(target.source)
     if source is not None and source.shape != target.shape:
         source = None  # resized: nothing of the old values enters
-    whole = any(rowwise(term.update) is None for term in target.terms)
-    return Change(plan, source, lambda start, stop: _block(target, how, whole=whole), whole)
+    ground = target.value.value if target.value is not None and target.on_value else source
+    passes = [_pass(term.update, ground) for term in target.terms]
+    whole = any(made is None and rowwise(term.update) is None for term, made in zip(target.terms, passes, strict=True))
+    return Change(plan, source, lambda start, stop: _block(target, how, passes, whole=whole), whole)
 
 
-def _block(target: Target, how: Rounding, *, whole: bool) -> Block:
+def _pass(u: Update, base: Leaf | Array | None) -> Callable[[], Pass] | None:
+    """Return the pass over the base that an update needs before its rows stand alone; it is made once, when needed."""
+    return once(lambda: settle(u, base)) if isinstance(u, Dora) and can_settle(u) and base is not None else None
+
+
+def _block(target: Target, how: Rounding, passes: Sequence[Callable[[], Pass] | None], *, whole: bool) -> Block:
     """Return the function that folds and rounds blocks of rows; it reads the shared factors once."""
-    parts = [None if whole else rowwise(t.update) for t in target.terms]
+    made = [None if whole or get is None else get() for get in passes]
+    updates = [t.update if p is None else p.update for t, p in zip(target.terms, made, strict=True)]
+    parts = [None if whole else rowwise(u) for u in updates]
     key = key_of(how.seed, target.name)
 
     def block(source: Leaf | None, i: int, j: int) -> tuple[Array, Figures]:
         terms = [
-            (t.weight, t.update if rows is None else rows(i, j)) for t, rows in zip(target.terms, parts, strict=True)
+            (t.weight, u if rows is None else rows(i, j))
+            for t, u, rows in zip(target.terms, updates, parts, strict=True)
         ]
         value = target.value if target.value is None or whole or not target.shape else _rows_of(target.value, i, j)
-        return _merged(target, source, value, terms, how, (key, i))
+        array, figures = _merged(target, source, value, terms, how, (key, i))
+        for sums in (p.sums for p in made if p is not None and i == 0):  # of the whole tensor: told once
+            _add(figures.sums, sums)
+        return array, figures
 
     return block
+
+
+def _add(total: dict[str, float], more: Mapping[str, float]) -> None:
+    for key, value in more.items():
+        total[key] = total.get(key, 0.0) + value
 
 
 def _rows_of(value: Replace, i: int, j: int) -> Replace:
@@ -95,19 +115,23 @@ def _merged(
         assert source is not None
         return source.read(), Figures()
     base = None if source is None else up(source, working_dtype(source))
-    exact = _exact(base, value, terms)
+    exact = _exact(base, value, terms, on_value=target.on_value)
     stored = rounded(exact.value, target.dtype, mode=how.mode, key=place[0], row=place[1])
     if not all_finite(stored):
         raise _not_finite(exact.value, base, target.dtype)
-    return stored, _figures(base, exact, stored, how, lone=len(terms) == 1 and value is None)
+    ground = up(value.value, working_dtype(value.value)) if value is not None and target.on_value else base
+    return stored, _figures(base, ground, exact, stored, how, lone=len(terms) == 1 and value is None)
 
 
-def _exact(base: Array | None, value: Replace | None, terms: Sequence[Weighted]) -> Folded:
+def _exact(base: Array | None, value: Replace | None, terms: Sequence[Weighted], *, on_value: bool) -> Folded:
     """Return what the tensor becomes before rounding."""
     if value is None:
         assert base is not None  # only replacements may be new
         return fold(base, terms)
     new = up(value.value, working_dtype(value.value))
+    if on_value:
+        found = fold(new, terms)
+        return Folded(found.value, found.value if base is None else new - base + found.change, found.gains)
     if base is None:
         return Folded(new, new)
     if not terms:
@@ -116,12 +140,14 @@ def _exact(base: Array | None, value: Replace | None, terms: Sequence[Weighted])
     return Folded(new + more.change, new - base + more.change, more.gains)
 
 
-def _figures(base: Array | None, exact: Folded, stored: Array, how: Rounding, *, lone: bool) -> Figures:
+def _figures(
+    base: Array | None, ground: Array | None, exact: Folded, stored: Array, how: Rounding, *, lone: bool
+) -> Figures:
+    """Return the figures of a block; ``ground`` is what the terms changed."""
     sums: dict[str, float] = {}
     for dora, _ in exact.gains:
-        assert base is not None  # a magnitude has one
-        for key, value in agreement(dora, base).items():
-            sums[key] = sums.get(key, 0.0) + value
+        assert ground is not None  # a magnitude has one
+        _add(sums, agreement(dora, axis_norms(ground, dora.axis)))
     if how.measure:
         lost = up(stored, working_dtype(exact.value)) - exact.value
         sums.update(update=square(exact.change), lost=square(lost), base=0.0 if base is None else square(base))

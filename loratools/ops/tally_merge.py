@@ -48,10 +48,9 @@ def report(
 
 def _row(target: Target, sums: Mapping[str, float]) -> dict[str, Any]:
     update, lost, base = (sums.get(key) for key in ("update", "lost", "base"))
-    kinds = [t.update.kind for t in target.terms] + (["replace"] if target.value is not None else [])
     return {
         "name": target.name,
-        "kind": "+".join(dict.fromkeys(kinds)) or "copy",
+        "kind": target.kind,
         "dtype": target.dtype,
         "update_norm": None if update is None else sqrt(update),
         "relative_norm": sqrt(update / base) if update is not None and base else None,

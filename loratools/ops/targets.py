@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratools.core.adapter import Adapter
 from loratools.core.update import Array, Update
 from loratools.errors import LoratoolsError, MismatchError, UsageError
 from loratools.io.base import Base
+from loratools.kinds.rebased import Rebased
 from loratools.kinds.replace import Replace
 from loratools.kinds.replace_rows import ReplaceRows
 from loratools.linalg.namespace import dtype_name, is_float, namespace, raw_bytes, up
 from loratools.ops.experts import one_by_one, refuse_unmergeable
-from loratools.ops.tied import must_untie, tie_of
+from loratools.ops.tied import Tie, must_untie, tie_of
 
 _DIFFER = "two adapters replace one parameter by different values"
 _DIFFER_HINT = "leave one of them out, or fuse the adapters first"
@@ -31,7 +32,10 @@ class Term:
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor to be written: out of the base's ``source`` (None: new), by ``terms`` on it or on a stored ``value``."""
+    """A tensor to be written: out of the base's ``source`` (None: new), a stored ``value``, and ``terms``.
+
+    The terms change the base's parameter, or the value where the adapter brought it for them (``on_value``).
+    """
 
     name: str
     source: str | None
@@ -39,6 +43,14 @@ class Target:
     dtype: str
     terms: tuple[Term, ...] = ()
     value: Replace | None = None
+    on_value: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The kinds of all updates, as reports name them."""
+        kinds = [t.update.kind for t in self.terms]
+        whole = [] if self.value is None else ["rebased" if self.on_value else "replace"]
+        return "+".join(dict.fromkeys(whole if self.on_value else [*kinds, *whole])) or "copy"
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,7 @@ def targets(base: Base, adapters: Sequence[Adapter], weights: Sequence[float], *
         found.pop(tie.head, None)  # an equal replacement of the shared tensor
     changed = {name: _target(base, name, terms, tie.embedding if tie else None) for name, terms in found.items()}
     if tie is not None and apart and tie.head not in changed:
-        changed[tie.head] = Target(tie.head, tie.embedding, base.shapes[tie.embedding], base.dtypes[tie.embedding])
+        changed[tie.head] = _copied(base, tie, changed.get(tie.embedding))
     _check_shapes(base, changed)
     return Targets(changed, tuple(_remarks(base, changed, apart)), _config(base, changed, apart))
 
@@ -98,7 +110,18 @@ def _together(found: Mapping[str, list[Term]], tie: Any, adapters: Sequence[Adap
     )
 
 
+def _copied(base: Base, tie: Tie, embedding: Target | None) -> Target:
+    """Return the head that was tied: the embedding as it was before its updates, be it the base's or the adapter's."""
+    if embedding is not None and embedding.on_value:
+        return replace(embedding, name=tie.head, terms=(), on_value=False)
+    return Target(tie.head, tie.embedding, base.shapes[tie.embedding], base.dtypes[tie.embedding])
+
+
 def _target(base: Base, name: str, terms: Sequence[Term], tied: str | None) -> Target:
+    if len(terms) == 1 and terms[0].weight == 1 and isinstance(terms[0].update, Rebased) and name in base:
+        whole = terms[0].update
+        inner = (replace(terms[0], update=whole.update),)
+        return Target(name, name, whole.shape, base.dtypes[name], inner, Replace(whole.value), on_value=True)
     stored = [t for t in terms if isinstance(t.update, Replace)]
     value = stored[0].update if stored else None
     _check_weights(name, terms)
@@ -152,7 +175,8 @@ def _check_shapes(base: Base, changed: Mapping[str, Target]) -> None:
         f"{t.name}: base {base.shapes.get(t.source or '', t.shape)}, adapter {term.update.shape}"
         for t in changed.values()
         for term in t.terms
-        if term.update.shape != t.shape or (t.source is not None and base.shapes[t.source] != term.update.shape)
+        if term.update.shape != t.shape
+        or (t.source is not None and not t.on_value and base.shapes[t.source] != term.update.shape)
     ]
     if wrong:
         raise MismatchError(

@@ -181,16 +181,16 @@ def _report(figures: Mapping[str, Figures], planned: Targets, adapters: Sequence
         "roundtrip_error": sqrt(missed) if sums else None,
         "relative_roundtrip_error": sqrt(missed / merged) if merged else None,
     }
-    told = ("unmerging undoes a merge up to rounding; it is not exact: keep the base", *planned.remarks)
+    remarks = (remark for adapter in adapters for remark in adapter.meta.remarks)
+    told = ("unmerging undoes a merge up to rounding; it is not exact: keep the base", *remarks, *planned.remarks)
     return Report("loratools.unmerge/1", rows, total, UNITS, told)
 
 
 def _row(target: Target, sums: Mapping[str, float]) -> dict[str, Any]:
     update, missed, merged = (sums.get(key) for key in ("update", "missed", "merged"))
-    kinds = [t.update.kind for t in target.terms] + (["replace"] if target.value is not None else [])
     return {
         "name": target.name,
-        "kind": "+".join(dict.fromkeys(kinds)),
+        "kind": target.kind,
         "update_norm": None if update is None else sqrt(update),
         "relative_norm": None if update is None or not merged else sqrt(update / merged),
         "roundtrip_error": None if missed is None else sqrt(missed),
