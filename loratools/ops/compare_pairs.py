@@ -113,12 +113,13 @@ def _sum(x: Array) -> Array:
 def _angles(overlap: Array, counts: Array) -> tuple[Array, Array]:
     """Return mean and smallest principal angle in degrees of every pair; right angles where a space is empty.
 
-    From cosines in fp32: an angle below 0.03 degrees may read as 0.
+    Squared cosines are the eigenvalues of C^T C, at two thirds of the cost of singular values of C. In fp32: an angle
+    within 0.03 degrees of 0 or 90 may read as that.
     """
     xp = namespace(overlap)
-    cosines = xp.clip(up(xp.linalg.svdvals(overlap), "float64"), 0.0, 1.0)
-    angles = xp.acos(cosines) * (180 / pi)
-    among = xp.arange(cosines.shape[-1], device=overlap.device) < counts[..., None]
+    squares = xp.flip(xp.linalg.eigvalsh(xp.matrix_transpose(overlap) @ overlap), axis=-1)
+    angles = xp.acos(xp.sqrt(xp.clip(up(squares, "float64"), 0.0, 1.0))) * (180 / pi)
+    among = xp.arange(squares.shape[-1], device=overlap.device) < counts[..., None]
     total = xp.sum(xp.where(among, angles, 0.0), axis=-1)
     some = counts > 0
     mean = xp.where(some, total / xp.where(some, up(counts, "float64"), 1.0), RIGHT_ANGLE)
