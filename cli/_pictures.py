@@ -46,9 +46,10 @@ class Outputs:
 
             write_text(self.html, page(report, title=title), overwrite=True)
         if self.sarif is not None:
-            from loratools.render.sarif import sarif
+            from loratools.gates import items
+            from loratools.sarif import sarif
 
-            write_text(self.sarif, json.dumps(sarif(report, gates), indent=1) + "\n", overwrite=True)
+            write_text(self.sarif, json.dumps(sarif(items(gates, report)), indent=1) + "\n", overwrite=True)
         if self.plots is not None:
             from loratools.render.plots import plots
 
@@ -59,9 +60,10 @@ def annotate(report: Report, gates: Sequence[Gate]) -> None:
     """Print failed gates as GitHub annotations where this is a GitHub Actions run; stderr, for stdout may be JSON."""
     if os.environ.get("GITHUB_ACTIONS") != "true":
         return
-    from loratools.render.github import commands
+    from loratools.gates import items
+    from loratools.sarif import workflow_commands
 
-    for line in commands(report, gates):
+    for line in workflow_commands(items(gates, report)):
         click.echo(line, err=True)
 
 

@@ -11,10 +11,13 @@ import math
 import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratools.errors import UsageError
 from loratools.report import Report
+
+if TYPE_CHECKING:
+    from loratools.sarif import Item
 
 _OPS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -79,6 +82,20 @@ def failing(gates: Iterable[Gate], report: Report) -> list[tuple[Gate, str | Non
             places = [(str(row["name"]), v) for row in report.modules if (v := row.get(gate.name)) is not None]
         found += [(gate, place, v) for place, v in places if not _verdict(gate, v, None)["ok"]]
     return found
+
+
+def items(gates: Iterable[Gate], report: Report) -> list[Item]:
+    """Return every place where a gate does not hold, for SARIF and annotations: the rule is the gate's figure."""
+    from loratools.sarif import Item
+
+    path = next((str(row["path"]) for row in reversed(report.inputs) if row.get("path")), "")
+    return [
+        Item(
+            gate.name, "error", f"{gate.name} is {value:g} in {module or 'total'}: {gate.expr}", path, module or "",
+            about=report.units.get(gate.name.removeprefix("total."), gate.name),
+        )
+        for gate, module, value in failing(gates, report)
+    ]  # fmt: skip
 
 
 def _judged(gate: Gate, report: Report) -> dict[str, Any]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from loratools.version import VERSION
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 LEVELS = ("error", "warning", "note")
+MOST = 10
+"""Lines of annotations: a GitHub runner shows ten per step."""
 _COMMAND = {"error": "error", "warning": "warning", "note": "notice"}
 
 
-@dataclass(frozen=True)
-class Item:
-    """One finding: a stable rule id, a level of :data:`LEVELS`, what to tell, the file, and the module if it is one."""
+class Item(NamedTuple):
+    """One finding: a stable rule id, a level of :data:`LEVELS`, what to tell, the file, and the module if it is one.
+
+    ``help`` is what to do about it, ``about`` what the rule is; they may be empty, and so may ``file``.
+    """
 
     id: str
     level: str
@@ -23,6 +26,7 @@ class Item:
     file: str
     module: str = ""
     help: str = ""
+    about: str = ""
 
 
 def sarif(items: Iterable[Item]) -> dict[str, Any]:
@@ -39,20 +43,30 @@ def sarif(items: Iterable[Item]) -> dict[str, Any]:
 
 
 def workflow_commands(items: Iterable[Item]) -> Iterator[str]:
-    """Yield one GitHub workflow command per finding: ``::error file=...,title=...::message``."""
-    for item in items:
+    """Yield one GitHub workflow command per finding, ``::error file=...,title=...::message``; the worst, and a count.
+
+    At most :data:`MOST` lines, errors first; the last one counts what is left out.
+    """
+    listed = sorted(items, key=lambda item: LEVELS.index(item.level))
+    shown = listed if len(listed) <= MOST else listed[: MOST - 1]
+    for item in shown:
         message = _escaped(f"{item.message}{f' ({item.help})' if item.help else ''}")
-        properties = f"file={_property(item.file)},title={_property(item.id)}"
-        yield f"::{_COMMAND[item.level]} {properties}::{message}"
+        place = f"file={_property(item.file)}," if item.file else ""
+        yield f"::{_COMMAND[item.level]} {place}title={_property(item.id)}::{message}"
+    if len(shown) < len(listed):
+        left = listed[len(shown) :]
+        yield f"::{_COMMAND[left[0].level]} title=loratools::{len(left)} more findings"
 
 
 def _rule(item: Item) -> dict[str, Any]:
-    rule: dict[str, Any] = {"id": item.id, "shortDescription": {"text": item.id}}
+    rule: dict[str, Any] = {"id": item.id, "shortDescription": {"text": item.about or item.id}}
     return {**rule, "help": {"text": item.help}} if item.help else rule
 
 
 def _result(item: Item, index: int) -> dict[str, Any]:
-    location: dict[str, Any] = {"physicalLocation": {"artifactLocation": {"uri": _uri(item.file)}}}
+    location: dict[str, Any] = {}
+    if item.file:
+        location["physicalLocation"] = {"artifactLocation": {"uri": _uri(item.file)}}
     if item.module:
         location["logicalLocations"] = [{"fullyQualifiedName": item.module, "kind": "module"}]
     return {
@@ -60,14 +74,17 @@ def _result(item: Item, index: int) -> dict[str, Any]:
         "ruleIndex": index,
         "level": item.level,
         "message": {"text": item.message},
-        "locations": [location],
+        "locations": [location] if location else [],
     }
 
 
 def _uri(file: str) -> str:
+    """Return a relative path as it is, an absolute one as a file URI."""
+    from pathlib import PurePath
     from urllib.parse import quote
 
-    return quote(file.replace("\\", "/"))
+    path = PurePath(file)
+    return path.as_uri() if path.is_absolute() else quote(path.as_posix())
 
 
 def _escaped(text: str) -> str:

@@ -50,3 +50,18 @@ def test_unknown_figures_list_the_known_ones(expr: str) -> None:
     with pytest.raises(UsageError) as caught:
         gates.check(gates.parse(expr), REPORT)
     assert "energy" in str(caught.value.expected)
+
+
+def test_failing_places_as_items() -> None:
+    report = Report(
+        "loratools.diagnose/1",
+        modules=tuple({"name": f"layer.{i}", "intruders": i} for i in range(20)),
+        total={"effective_rank": 1.5},
+        units={"intruders": "how many"},
+        inputs=({"path": "out/adapter.safetensors"},),
+    )
+    found = gates.items(gates.parse("intruders>17, total.effective_rank<2, intruders>100"), report)
+    assert [item.module for item in found] == ["layer.18", "layer.19", ""]
+    assert {(item.id, item.about) for item in found[:2]} == {("intruders", "how many")}
+    assert found[0].message == "intruders is 18 in layer.18: intruders>17"
+    assert {item.file for item in found} == {"out/adapter.safetensors"}

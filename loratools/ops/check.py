@@ -94,7 +94,7 @@ def items(report: Report) -> list[Item]:
     return [
         Item(
             row["id"], row["level"], f"{row['effect']}: {row['evidence']}; {row['reason']}", row["file"],
-            row["modules"][0] if row["modules"] else "", row["mend"],
+            row["modules"][0] if row["modules"] else "", row["mend"], f"{row['reason']} [{row['source']}]",
         )
         for row in report.extra["findings"]
     ]  # fmt: skip
