@@ -13,6 +13,7 @@ from loratools.errors import FormatError, UnsupportedError
 from loratools.formats.base import FORMATS, Format
 from loratools.formats.blocks import baked
 from loratools.formats.kohya import said_before
+from loratools.formats.matryoshka import transposed
 from loratools.formats.metadata import carried, with_hashes
 from loratools.formats.modules import Found, check_kinds, refuse_options
 from loratools.formats.pairs import Parts, Tensor, as_linear, grouped, is_embedding, low_rank_of, require
@@ -45,7 +46,7 @@ class Loralib(Format):
             return "litgpt's fused projections"
         if any(stem.startswith(("diffusion_model.", "unet.", "transformer_blocks.")) for stem in modules):
             return "modules of a diffusion model"
-        return None
+        return "lora_A (in, r), as MatryoshkaLoRA has it" if transposed(modules) else None
 
     def decode(self, bundle: Bundle, *, base: Base | None = None, allow_unknown: bool = False) -> Adapter:
         """Read factors, biases and heads; the scale stays unknown."""

@@ -25,6 +25,7 @@ TARGETS = {
     "merge": ["--dry-run"],
     "resize": ["--rank", "2", "--dry-run"],
     "shira": ["--density", "0.1", "--to", "native", "--base", str(BASE), "--dry-run"],
+    "slice": ["--rank", "1", "--scale-rule", "keep", "--dry-run"],
     "squeeze": ["--rank", "2", "--dry-run"],
     "tame": ["--base", str(FIXTURES[0].parent / "base"), "--dry-run"],
 }

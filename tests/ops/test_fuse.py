@@ -337,7 +337,7 @@ def test_regmean_takes_statistics_by_name() -> None:
     g, h = (s["q.in_diag"] for s in stats)
     assert close(done["q.weight"], (dense(parts[0]["q.weight"]) * g + dense(parts[1]["q.weight"]) * h) / (g + h))
     for wrong in ({"q.in_diag": np.ones(N + 1)}, {"q.out_diag": np.ones(M)}, {"v.in_diag": np.ones(N)}):
-        with pytest.raises(MismatchError, match="no module of the adapter|no statistics of their inputs that fit"):
+        with pytest.raises(MismatchError, match=r"no module of the adapter|no statistics of their inputs that fit"):
             fuse(parts, method="regmean", stats=[wrong] * 2)
     turned = [replace(p, meta=replace(p.meta, layout={"q.weight": {"stored": "in_out"}})) for p in parts]
     with pytest.raises(UnsupportedError, match="which 1 parameters have as their rows"):
