@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from loratools.core import generic
 from loratools.core.adapter import Adapter, Meta
 from loratools.core.update import Leaf, Update
 from loratools.errors import ConversionError, FormatError, MismatchError, UsageError
@@ -122,7 +123,11 @@ def transposed(name: str, u: Update) -> Update:
     if isinstance(u, Dora) and isinstance(u.direction, LowRank):
         direction = LowRank(u.direction.a.T, u.direction.b.T, u.direction.scale)
         return Dora(direction, u.magnitude, 1 - u.axis, u.eps)
-    raise MismatchError(f"a {u.kind} update of a parameter that the base stores (in, out)", parameter=name)
+    try:
+        return generic.transposed(u)
+    except ConversionError:
+        what = f"a {u.kind} update of a parameter that the base stores (in, out)"
+        raise MismatchError(what, parameter=name) from None
 
 
 def check_kinds(adapter: Adapter, accepts: tuple[type[Update], ...], format: str) -> None:

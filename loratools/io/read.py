@@ -33,12 +33,17 @@ class Contents(NamedTuple):
 def open_bundle(path: str | Path, *, mapped: bool = False) -> Bundle:
     """Open an adapter file or directory; headers are read and checked, tensors when used.
 
-    The container is told by content, never by extension. A config beside the weights is read. With ``mapped`` the
-    tensors of a safetensors file come as read-only memory-mapped views. Cost: the header alone.
+    The container is told by content, never by extension, but for a manifest (``.toml``), which names its weights. A
+    config beside the weights is read. With ``mapped`` the tensors of a safetensors file come as read-only memory-mapped
+    views. Cost: the header alone.
 
     Raises FileError if the path cannot be read, and FormatError (with what to do) if it holds no readable weights.
     """
     path = existing(Path(path))
+    if path.suffix == ".toml" and path.is_file():
+        from loratools.io.manifest import open_manifest  # few inputs are one
+
+        return open_manifest(path)
     folder = path if path.is_dir() else path.parent
     weights = find_weights(path) if path.is_dir() else path
     contents = _open_sharded(weights) if weights.name.endswith(".index.json") else read_file(weights)
