@@ -27,6 +27,8 @@ COLUMNS: tuple[_show.Column, ...] = (
     ("certain", "proven", lambda proven: "yes" if proven else "NO"),
     ("nonfinite", "not finite", str),
 )
+MOST_RANKS = 16
+"""More lines of a rank curve than that are thinned out."""
 
 
 @click.command("diagnose", short_help="Spectra, health, intruder dimensions; pictures and gates.")
@@ -108,6 +110,8 @@ def command(
             click.echo(sentence)
         click.echo()
     _show.show(report, as_json=as_json, quiet=quiet, columns=_filled(report.modules), worst="share")
+    if "rank_curve" in report.extra and not (as_json or quiet):
+        _print_curve(report.extra["rank_curve"])
     _pictures.annotate(report, gate)
     return int(not all(check["ok"] for check in report.checks))
 
@@ -146,6 +150,20 @@ def _title(paths: Sequence[Path]) -> str:
     """Return a name for the page: that of the last input."""
     last = paths[-1].resolve()
     return last.name if last.is_dir() or last.stem not in ("adapter_model", "model") else last.parent.name
+
+
+def _print_curve(curve: Mapping[str, Any]) -> None:
+    """Print both errors of the whole adapter: every rank, or where these are many the powers of two and the last."""
+    ranks = [
+        r for r in curve["ranks"] if len(curve["ranks"]) <= MOST_RANKS or r & (r - 1) == 0 or r == curve["ranks"][-1]
+    ]
+    headings = ["rank", "leading channels", "best choice"]
+    errors = (curve["prefix_error"], curve["optimal_error"])
+    lines = [[str(r), *(_show.small(error[r - 1]) for error in errors)] for r in ranks]
+    click.echo("\nrelative error of the whole adapter at every rank")
+    for name, what in (("aurac", "over the ranks"), ("aurac_log2", "over their logarithm")):
+        lines.append([f"AURAC {what}", *(_show.small(curve[f"{name}{of}"]) for of in ("", "_optimal"))])
+    _show.table(headings, lines[:-1], lines[-1])
 
 
 def _filled(rows: Sequence[Mapping[str, Any]]) -> tuple[_show.Column, ...]:

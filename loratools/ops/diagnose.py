@@ -17,6 +17,7 @@ from loratools.ops.base_names import base_names
 from loratools.ops.examine import Plan, examined
 from loratools.ops.history import course, step
 from loratools.ops.parts import Part, parts
+from loratools.ops.rank_curve import joined_curve
 from loratools.ops.schedule import each_part
 from loratools.ops.tally_diagnose import NEEDS_BASE, UNITS, even, grouped, totals, with_shares
 from loratools.ops.verdict import verdict
@@ -129,6 +130,9 @@ def _report(
         "layers": layers,
         "projections": grouped(placed, "projection"),
     }
+    curve = joined_curve(placed) if plan.curve else None
+    if curve is not None:
+        extra["rank_curve"] = curve
     if attention:
         extra["attention"] = list(attention)
     if len(checkpoints) > 1:

@@ -6,7 +6,7 @@ error = |D - D_r| / |D| at unchanged scale; its area (AURAC) is one number for a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import log2, sqrt
 from typing import Any
 
@@ -21,16 +21,40 @@ def rank_curve(found: Channels) -> dict[str, Any]:
     """
     prefix = prefix_errors(found)[1:]
     optimal = _tails([float(x) for x in found.s], len(prefix))
-    ranks = list(range(1, len(prefix) + 1))
+    return _with_areas(list(range(1, len(prefix) + 1)), prefix, optimal)
+
+
+def _with_areas(ranks: Sequence[int], prefix: Sequence[float], optimal: Sequence[float]) -> dict[str, Any]:
     return {
-        "ranks": ranks,
-        "prefix_error": prefix,
-        "optimal_error": optimal,
+        "ranks": list(ranks),
+        "prefix_error": list(prefix),
+        "optimal_error": list(optimal),
         "aurac": area(ranks, [1 - e for e in prefix]),
         "aurac_log2": area([log2(r) for r in ranks], [1 - e for e in prefix]),
         "aurac_optimal": area(ranks, [1 - e for e in optimal]),
         "aurac_log2_optimal": area([log2(r) for r in ranks], [1 - e for e in optimal]),
     }
+
+
+def joined_curve(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the curve of a whole adapter out of those of its matrices; None where there is none.
+
+    Squared errors add; a matrix of fewer channels is whole at the ranks beyond its own.
+    """
+    curved = [row for row in rows if row.get("prefix_error")]
+    count = max((len(row["prefix_error"]) for row in curved), default=0)
+    whole = sum(row["frobenius_norm"] ** 2 for row in curved)
+    if not whole:
+        return None
+    curves = {
+        name: [_joined(curved, name, r, whole) for r in range(count)] for name in ("prefix_error", "optimal_error")
+    }
+    return _with_areas(list(range(1, count + 1)), curves["prefix_error"], curves["optimal_error"])
+
+
+def _joined(rows: Sequence[Mapping[str, Any]], name: str, at: int, whole: float) -> float:
+    there = (row for row in rows if at < len(row[name]))
+    return sqrt(sum((row[name][at] * row["frobenius_norm"]) ** 2 for row in there) / whole)
 
 
 def area(x: Sequence[float], y: Sequence[float]) -> float:

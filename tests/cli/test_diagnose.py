@@ -147,3 +147,18 @@ def test_tame_needs_a_base_and_a_factor_in_range(run: Callable[..., Any], digits
     code, _, err = run("tame", digits / "r4", *base, "--lambda", "1.5")
     assert code == 2
     assert "lambda" in err
+
+
+def test_the_rank_curve_is_printed(run: Callable[..., Any], digits: Path) -> None:
+    done = run("diagnose", digits / "r4", "--rank-curve")
+    assert done.code == 0
+    lines = done.out.splitlines()
+    start = lines.index("relative error of the whole adapter at every rank")
+    assert [line.split()[0] for line in lines[start + 2 : start + 6]] == ["1", "2", "3", "4"]
+    assert lines[start + 6].startswith("AURAC over the ranks")
+    assert lines[start + 7].startswith("AURAC over their logarithm")
+    said = json.loads(run("diagnose", digits / "r32", "--rank-curve", "--json").out)
+    curve = said["rank_curve"]
+    assert curve["ranks"] == list(range(1, 33))
+    assert all(o <= p + 1e-6 for o, p in zip(curve["optimal_error"], curve["prefix_error"], strict=True))
+    assert "rank_curve" not in json.loads(run("diagnose", digits / "r4", "--json").out)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratools.linalg.channels import channels
-from loratools.ops.rank_curve import area, rank_curve
+from loratools.ops.rank_curve import area, joined_curve, rank_curve
 
 
 def test_a_constant_curve_has_its_height() -> None:
@@ -47,6 +47,21 @@ def test_singular_vectors_as_channels_are_optimal() -> None:
     found = rank_curve(channels(u * s, vh))
     assert np.allclose(found["prefix_error"], found["optimal_error"], atol=1e-7)
     assert found["prefix_error"][-1] < 1e-7
+
+
+def test_joined_curves_are_those_of_the_block_diagonal_update() -> None:
+    rng = np.random.default_rng(1)
+    pairs = [(rng.standard_normal((9, r)), rng.standard_normal((r, 7))) for r in (2, 4)]
+    rows = [{"frobenius_norm": float(np.linalg.norm(b @ a)), **rank_curve(channels(b, a))} for b, a in pairs]
+    found = joined_curve([*rows, {"frobenius_norm": 1.0}])  # a vector has no curve
+    assert found is not None
+    whole = np.sqrt(sum(np.linalg.norm(b @ a) ** 2 for b, a in pairs))
+    for r in range(1, 5):
+        wrong = np.sqrt(sum(np.linalg.norm(b[:, r:] @ a[r:]) ** 2 for b, a in pairs))
+        assert found["prefix_error"][r - 1] == pytest.approx(wrong / whole, abs=1e-7)
+    assert found["ranks"] == [1, 2, 3, 4]
+    assert found["aurac"] == pytest.approx(area(found["ranks"], [1 - e for e in found["prefix_error"]]))
+    assert joined_curve([{"frobenius_norm": 1.0}]) is None
 
 
 def test_zero_update() -> None:
