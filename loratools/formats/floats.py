@@ -16,6 +16,10 @@ WHOLE = {
     "replace_rows": ("rows",),
     "rebased": ("value",),
     "sparse": ("rows", "columns", "base"),
+    "packed": ("codes",),
+    "binary": ("b", "a"),
+    "fourier": ("rows", "columns"),
+    "wavelet": ("rows", "columns"),
 }
 """Fields by kind that hold values of the base or an index, which may be of any dtype."""
 

@@ -172,6 +172,13 @@ def coalesced(row: Array, column: Array, values: Array, shape: tuple[int, ...]) 
     return of_entries(flat, values, shape)
 
 
+@generic.transposed.register(Sparse)
+def _(u: Sparse) -> Sparse:
+    row, column = u.places()
+    base = None if u.base is None else coalesced(column, row, up(u.base), u.shape[::-1]).values
+    return replace(coalesced(column, row, up(u.values), u.shape[::-1]), scale=u.scale, base=base)
+
+
 @generic.inner.register(Sparse)
 def _(u: Sparse, v: Delta) -> float:
     if u.matrix_shape != v.matrix_shape:

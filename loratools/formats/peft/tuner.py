@@ -37,8 +37,8 @@ Size = tuple[int | None, ...]  # (out, in[, *kernel]); None where the tensors do
 class Model:
     """What all modules of a file share: its config, the tensors at ``base_model.``, and the base where there is one.
 
-    ``stored`` are the base's shapes by the adapter's names, ``names`` the base's names by the adapter's; ``kept`` holds
-    what a type computes once for all modules.
+    ``stored`` are the base's shapes by the adapter's names, ``names`` the base's names by the adapter's; ``placed`` are
+    the modules with their sizes; ``kept`` holds what a type computes once for all modules.
     """
 
     type: str
@@ -48,7 +48,14 @@ class Model:
     base: Base | None
     names: Mapping[str, str]
     stored: Mapping[str, tuple[int, ...]]
+    placed: list[Module] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """The largest out and the largest in among the modules."""
+        shapes = [m.shape for m in self.placed]
+        return max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return ``compute()``, computed for the first module that asks."""
@@ -131,6 +138,10 @@ class Module:
         line = len(self.model.stored.get(self.name, ())) == 3 and axes[1:] == (1,)
         return axes[:1] if line else axes
 
+    def rank(self, field: str = "r") -> int:
+        """Return the config's rank of the module: that of ``rank_pattern``, or the field's."""
+        return int(self.fields.matched("rank_pattern", self.path, self.fields.integer(field, least=1)))
+
     def scale(self, rank: int, alpha: str = "alpha") -> float:
         """Return alpha / rank, the alpha from ``alpha_pattern`` or the config's field."""
         value = self.fields.number(alpha) if alpha in self.fields.config else None
@@ -147,6 +158,13 @@ class Module:
                 f"a {self.model.type} update depends on the values of its base", hint="pass --base"
             ).at(parameter=name)
         return self.model.base.leaf(self.model.names[name])
+
+    def axes(self, leaf: str, count: int) -> tuple[int, ...]:
+        """Return the shape of a tensor, or raise :class:`FormatError` where it has not ``count`` axes."""
+        shape = self[leaf].shape
+        if len(shape) != count:
+            raise FormatError(f"{leaf} has another shape", parameter=self.path, expected=f"{count} axes", got=shape)
+        return shape
 
     def need(self, leaf: str, shape: tuple[int, ...]) -> Leaf:
         """Return a tensor, or raise :class:`FormatError` where it has another shape."""
@@ -180,7 +198,9 @@ class Tuner(ABC):
         """Return how the bias changes, None where it does not."""
         return None
 
-    def modules(self, modules: Mapping[str, Parts], shared: Parts, base: Base | None) -> Mapping[str, Parts]:
+    def modules(
+        self, modules: Mapping[str, Parts], shared: Parts, base: Base | None, fields: Fields
+    ) -> Mapping[str, Parts]:
         """Return the modules by path; a type whose file does not list them says here where they are."""
         return modules
 
@@ -207,12 +227,13 @@ class Tuner(ABC):
         self.check(fields)
         found = sort_keys(bundle.tensors, parser((*self.leaves, *self.shared)), known=None)
         shared = found.modules.pop("", {})
-        modules = self.modules(found.modules, shared, base)
+        modules = self.modules(found.modules, shared, base, fields)
         if not modules:
             raise FormatError(f"no {self.type} tensors in this file", expected=", ".join(self.leaves or self.shared))
         plain = {name: leaf.shape for name, (_, leaf) in found.plain.items()}
         model = self._model(fields, modules, shared, base, plain)
         placed, turned = self._placed(model)
+        model.placed.extend(placed)
         done = Reading(leftover=found.leftover)
         for m in placed:
             for one in self._found(m):
