@@ -99,12 +99,13 @@ def deliver(
     worst: str | None,
     base: Base | None = None,
     models: Sequence[Mapping[str, Any]] = (),
+    more: Sequence[str] = (),
     **options: Any,
 ) -> int:
     """Judge the result's report by its gates, save it unless one fails, and show the report; return the exit code.
 
-    ``models`` are the report's rows of inputs that are no adapters; ``options`` go to :func:`loratools.files.save`
-    (format, and what the format's writer takes).
+    ``models`` are the report's rows of inputs that are no adapters, ``more`` lines to print under the table;
+    ``options`` go to :func:`loratools.files.save` (format, and what the format's writer takes).
     """
     assert result.report is not None
     report = gates.check(tuple(gate), result.report)
@@ -114,6 +115,8 @@ def deliver(
     report = report.with_(inputs=(*report.inputs, *models))
     _show.show(report, as_json=to.as_json, quiet=to.quiet, worst=worst, columns=columns)
     if not (to.as_json or to.quiet):
+        for line in more:
+            click.echo(line)
         click.echo("nothing written" if written is None else f"wrote {written}")
     return int(failed)
 

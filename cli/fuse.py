@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loratools.cli import _options, _show
+
+if TYPE_CHECKING:
+    from loratools.report import Report
+
+MOST_TOLD = 8
 
 COLUMNS: tuple[_show.Column, ...] = (
     ("name", "module", str),
@@ -113,13 +118,36 @@ def command(
             seed=seed,
             **given,
         )
+    assert done.report is not None
+    more = _told(done.report)
     return _session.deliver(
-        done, adapters, target, gate, columns=COLUMNS, worst="relative_error", base=opened, format=to
+        done, adapters, target, gate, columns=COLUMNS, worst="relative_error", more=more, base=opened, format=to
     )
 
 
 def _rank(text: str | None) -> int | str | None:
     return int(text) if text is not None and text.isdecimal() else text
+
+
+def _told(report: Report) -> list[str]:
+    """Return what became of every input, and which pairs disturb each other most."""
+    total, names, pairs = report.total, report.extra["names"], report.extra["pairs"]
+    if not report.modules:
+        return []
+    figures = zip(names, total["weights"], total["norms"], total["kept"], total["covered"], strict=True)
+    inputs = [
+        f"{name}: weight {weight:g}, norm {norm:.3g}, "
+        + ("zero" if kept is None else f"kept {100 * kept:.1f}%, {100 * covered:.1f}% of it in the fused subspaces")
+        for name, weight, norm, kept, covered in figures
+    ]
+    known = sorted((p for p in pairs if p["cosine"] is not None), key=lambda p: -p["interference"])
+    crossed = [f"{p['a']} and {p['b']}: cosine {p['cosine']:.2f}, interference {p['interference']:.2f}" for p in known]
+    return [*_first(inputs, "inputs"), *_first(crossed, "pairs")]
+
+
+def _first(lines: list[str], what: str) -> list[str]:
+    rest = len(lines) - MOST_TOLD
+    return [*lines[:MOST_TOLD], *([f"and {rest} more {what}; --json lists all"] if rest > 0 else [])]
 
 
 def _list(*, as_json: bool) -> int:

@@ -17,6 +17,9 @@ from loratools.ops.altered import advice, initialisation
 from loratools.ops.base_names import base_names
 from loratools.ops.parts import layer_and_projection
 
+NAMELESS = ("adapter_model", "adapters", "lora", "pytorch_lora_weights", "model")
+"""File names that every adapter of a program has: its folder tells more."""
+
 WHOLE = ("replace", "replace_rows", "rebased")
 """Kinds that store a parameter (or rows of it) whole: they have no weighted sum."""
 
@@ -37,7 +40,7 @@ def labels(adapters: Sequence[Adapter]) -> tuple[str, ...]:
 
 
 def _home(path: Path) -> Path:
-    return path.parent if path.stem == "adapter_model" else path
+    return path.parent if path.stem in NAMELESS else path
 
 
 def _short(path: Path | None, i: int) -> str:

@@ -13,7 +13,11 @@ from typing import Any
 from loratools.core.update import Array, Delta, namespace
 from loratools.fusion.scalars import Gram, gram, norm_of
 from loratools.kinds.lowrank import LowRank
+from loratools.linalg import seeds
 from loratools.linalg.gram import cross
+from loratools.linalg.namespace import up
+from loratools.linalg.rsvd import Matrix as Formed
+from loratools.linalg.rsvd import rsvd
 
 UNITS = {
     "inputs": "how many inputs have the module (a missing one is zero)",
@@ -33,6 +37,12 @@ UNITS = {
 NEGLIGIBLE = 1e-12
 """Eigenvalues of a Gram matrix below this share of the largest are rounding."""
 
+RESOLUTION = 1e-7
+"""Relative distances below this are 0: as a difference of squares in fp64 they are known to its root."""
+
+LEADING = 64
+"""Leading directions that stand for an update without factors (a DoRA's) where subspaces are concerned."""
+
 Matrix = list[list[float]]
 
 
@@ -41,21 +51,20 @@ class Figures:
     """Sums of one or more modules: ``gram`` of the inputs, ``products`` of the result with each and with itself.
 
     ``inside[i][j]`` is |P_j D_i P_j|^2 with P_j the projections on j's column and row spaces, the result being the last
-    j; None where an update has no factors. ``lost`` and ``whole``: squared error of the cut, and of what was cut.
+    j. ``lost`` and ``whole``: squared error of the cut, and of what was cut.
     """
 
     gram: Matrix
     products: list[float]
-    inside: Matrix | None
+    inside: Matrix
     lost: float
     whole: float
 
     def __add__(self, other: Figures) -> Figures:
-        inside = None if self.inside is None or other.inside is None else _added(self.inside, other.inside)
         return Figures(
             _added(self.gram, other.gram),
             [x + y for x, y in zip(self.products, other.products, strict=True)],
-            inside,
+            _added(self.inside, other.inside),
             self.lost + other.lost,
             self.whole + other.whole,
         )
@@ -66,15 +75,25 @@ def _added(x: Matrix, y: Matrix) -> Matrix:
 
 
 def measured(deltas: Sequence[Delta], result: Delta, lost: float, whole: float) -> Figures:
-    """Return the figures of one module; O((m + n) (R + k)^2) where all have factors, one sweep of tiles otherwise."""
+    """Return the figures of one module; O((m + n) (R + k)^2) where all have factors.
+
+    An update without factors takes part in subspaces by its ``LEADING`` directions; norms and products are exact, by
+    one more sweep of tiles.
+    """
     items = [*deltas, result]
-    pairs = [u for u in items if isinstance(u, LowRank)]
-    if len(pairs) == len(items):
-        g, inside = _by_factors(pairs)
-    else:
-        g, inside = gram(items), None
+    pairs = [u if isinstance(u, LowRank) else leading(u) for u in items]
+    g, inside = _by_factors(pairs)
+    if not all(isinstance(u, LowRank) for u in items):
+        g = gram(items)
     n = len(deltas)
-    return Figures([row[:n] for row in g[:n]], g[n], inside[:n] if inside else None, lost, whole)
+    return Figures([row[:n] for row in g[:n]], g[n], inside[:n], lost, whole)
+
+
+def leading(d: Delta) -> LowRank:
+    """Return about the best approximation of rank ``LEADING`` of an update, by a randomised SVD with one power step."""
+    x = up(d.matrix())
+    found = rsvd(Formed(x), min(LEADING, *x.shape), power=1, key=seeds.key_of(0, "tally"))
+    return LowRank(found.u * found.s, found.vh, 1.0, d.shape)
 
 
 def measured_sum(deltas: Sequence[LowRank], weights: Sequence[float]) -> Figures:
@@ -131,11 +150,11 @@ def said(f: Figures, weights: Sequence[float]) -> dict[str, Any]:
     squares = [max(f.gram[i][i], 0.0) for i in range(n)]
     before, after = norm_of(f.gram, weights), sqrt(max(f.products[n], 0.0))
     cosines = [c for i in range(n) for j in range(i) if (c := cosine(f.gram, i, j)) is not None]
-    inside = [None] * n if f.inside is None else [row[n] for row in f.inside]
-    covered = [None if x is None or not s else x / s for x, s in zip(inside, squares, strict=True)]
+    covered = [row[n] / s if s else None for row, s in zip(f.inside, squares, strict=True)]
     disturbed = [x for i in range(n) for j in range(i) if (x := interference(f, i, j)) is not None]
     kept = [f.products[i] / squares[i] if squares[i] else None for i in range(n)]
     away = before**2 - 2 * sum(w * p for w, p in zip(weights, f.products, strict=False)) + after**2
+    distance = sqrt(max(away, 0.0)) / before if before else None
     known = [k for k in kept if k is not None]
     return {
         "norm_before": before,
@@ -146,7 +165,7 @@ def said(f: Figures, weights: Sequence[float]) -> dict[str, Any]:
         "covered": covered,
         "cosine": min(cosines, default=None),
         "interference": max(disturbed, default=None),
-        "from_sum": sqrt(max(away, 0.0)) / before if before else None,
+        "from_sum": 0.0 if distance is not None and distance < RESOLUTION else distance,
         "relative_error": sqrt(f.lost / f.whole) if f.whole else 0.0,
     }
 
@@ -158,9 +177,9 @@ def cosine(g: Gram, i: int, j: int) -> float | None:
 
 
 def interference(f: Figures, i: int, j: int) -> float | None:
-    """Return |(U^T U - 1) S (V^T V - 1)|_F / |S|_F of two inputs' stacked singular vectors; None where unknown."""
+    """Return |(U^T U - 1) S (V^T V - 1)|_F / |S|_F of two inputs' stacked singular vectors; None where both are 0."""
     total = f.gram[i][i] + f.gram[j][j]
-    if f.inside is None or total <= 0:
+    if total <= 0:
         return None
     return sqrt(max(f.inside[i][j] + f.inside[j][i], 0.0) / total)
 

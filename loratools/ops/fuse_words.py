@@ -42,7 +42,7 @@ def fuse_report(
         "weights": list(weights),
         "weight_sum": sum(weights),
         "rank_before": max((row["rank_before"] for row in rows), default=None),
-        "rank_after": max((row["rank_after"] or 0 for row in rows), default=None),
+        "rank_after": max((row["rank_after"] for row in rows if row["rank_after"]), default=None),
         **({} if together is None else said(together, weights)),
         "whole": len(whole),
         "bytes_after": sum(nbytes(m.update) for m in modules.values()) + sum(map(nbytes, whole.values())),

@@ -10,6 +10,7 @@ from loratools.errors import FileError
 from loratools.report import Report
 
 DPI = 150
+DARK = 0.7  # from here on the colour maps need white figures
 MATRICES = ("cosine", "interference", "sign_conflict")
 
 
@@ -67,7 +68,8 @@ def _heat(report: Report, names: Sequence[str], figure: str) -> Any:
         for i, line in enumerate(values):
             for j, value in enumerate(line):
                 if i != j:
-                    axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6)
+                    colour = "white" if abs(value) > DARK else "black"
+                    axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
     axes.set_title(figure.replace("_", " "), fontsize=9)
     drawn.colorbar(picture, ax=axes, shrink=0.7)
     return drawn

@@ -123,3 +123,4 @@ def test_full_rank_results_are_whole_in_a_native_file(run: Run, groups: list[Pat
     assert {u.kind for u in lt.load(out).values()} == {"dense"}
     refused = run("fuse", *groups, "--method", "ties", "--rank", "full", "-o", tmp_path / "peft")
     assert refused.code == 2
+    assert "the native format holds every kind" in refused.err

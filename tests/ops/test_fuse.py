@@ -185,6 +185,22 @@ def test_norms_kept_shares_and_interference_are_those_of_the_dense_updates() -> 
     assert pair["cosine"] == pytest.approx(cosine, rel=1e-4)
 
 
+def test_interference_is_told_for_updates_without_factors() -> None:
+    rng = np.random.default_rng(6)
+    w = rng.standard_normal((M, N)).astype(np.float32)
+    coat = Dora(low(2, 1), rng.uniform(0.5, 2, M).astype(np.float32))
+    done = fuse([adapter(q_weight=coat), adapter(q_weight=low(3, 2))], base={"q.weight": w}, rank="full")
+    assert done.report is not None
+    x, y = dense(Replace(coat.apply(w)).delta(w)), dense(low(3, 2))
+    row, k = done.report.modules[0], min(M, N)
+    assert row["interference"] == pytest.approx(_sti(x, y, k, 3), rel=1e-4)  # fp32, all directions within LEADING
+    u, _, vh = np.linalg.svd(x + y)
+    covered = [np.sum((u[:, :k].T @ d @ vh[:k].T) ** 2) / np.sum(d * d) for d in (x, y)]
+    assert row["covered"] == pytest.approx(covered, rel=1e-4)
+    assert row["from_sum"] == 0
+    assert done.report.total["rank_after"] is None
+
+
 def _sti(x: np.ndarray, y: np.ndarray, rx: int, ry: int) -> float:
     """|(U^T U - 1) S (V^T V - 1)| / |S| from stacked singular vectors, as defined."""
     (u1, s1, v1), (u2, s2, v2) = np.linalg.svd(x), np.linalg.svd(y)

@@ -60,7 +60,10 @@ def write(adapter: Adapter, **options: Any) -> Bundle:
         raise UsageError("the PEFT format has no such option", got=", ".join(options))
     slots = _slots(adapter)
     if not slots:
-        raise ConversionError("a PEFT file needs at least one low-rank update", got=f"{len(adapter)} others")
+        raise ConversionError(
+            "a PEFT file needs at least one low-rank update", got=f"{len(adapter)} others",
+            hint="the native format holds every kind",
+        )  # fmt: skip
     told = _told(slots.values())
     untouched = {n: kept.tensors for n, kept in adapter.meta.absorbed.items() if adapter.get(n) is kept.update}
     plain = _told(slot for name, slot in slots.items() if name not in untouched)
