@@ -16,7 +16,7 @@ FLOORS = [
     {"core", "kernels"},
     {"kinds"},
     {"formats", "fusion"},
-    {"files", "outputs", "ops", "render", "consumers"},
+    {"files", "outputs", "ops", "render", "consumers", "calibrate"},
     {"cli"},
 ]
 ROOM_FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -15,7 +15,7 @@ COMMANDS = cli.main.list_commands(None)  # type: ignore[arg-type]
 FIXTURES = sorted(p.parent for p in (Path(__file__).parents[2] / "fixtures").glob("*/*/adapter_model.safetensors"))
 BASE = Path(__file__).parents[2] / "fixtures" / "digits" / "base"
 FRONT = {"merge": [BASE], "unmerge": [BASE], "extract": [BASE]}  # what comes before the input
-SPECIAL = {"unmerge", "extract", "recover"}  # not every adapter is an input of theirs
+SPECIAL = {"unmerge", "extract", "recover", "dequantize", "stats"}  # not every adapter is an input of theirs
 TARGETS = {
     "check": ["--for", "peft"],
     "convert": ["--to", "native", "--dry-run"],
@@ -23,10 +23,13 @@ TARGETS = {
     "compare": ["--base", str(BASE)],
     "fuse": ["--base", str(BASE), "--dry-run"],
     "merge": ["--dry-run"],
+    "quantize": ["--bits", "1", "--dry-run"],
+    "dequantize": ["--dry-run"],
     "resize": ["--rank", "2", "--dry-run"],
     "shira": ["--density", "0.1", "--to", "native", "--base", str(BASE), "--dry-run"],
     "slice": ["--rank", "1", "--scale-rule", "keep", "--dry-run"],
     "squeeze": ["--rank", "2", "--dry-run"],
+    "stats": ["--inputs", str(FIXTURES[0]), "--dry-run"],
     "tame": ["--base", str(FIXTURES[0].parent / "base"), "--dry-run"],
 }
 
