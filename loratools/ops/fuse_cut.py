@@ -68,6 +68,8 @@ def cut(u: Delta, aim: Aim, *, default: int, dtype: str, seed: int) -> Cut:
 
     Without an aim factors stay as they are, and an update without factors is cut to the rank ``default``.
     """
+    if len(u.shape) == 1:
+        return Cut(Dense(down(u.dense(), dtype)), 0.0, 0.0, False)
     low = low_rank(u)
     if low is None:
         return _cut_tiles(u, aim, default, dtype, seed)

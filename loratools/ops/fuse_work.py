@@ -108,8 +108,8 @@ class Work:
         ready = iter(present)
         inputs = [zero if d is None else next(ready) for d in deltas]
         fused = self.how.run(inputs, statistics)
-        ranks = sum(low.rank for d in deltas if d is not None and (low := _direction(d)) is not None)
-        done = cut(fused, self.how.aim, default=max(ranks, 1), dtype=dtype, seed=self.how.seed)
+        ranks = sum(_rank(d) for d in deltas if d is not None)
+        done = cut(fused, self.how.aim, default=ranks, dtype=dtype, seed=self.how.seed)
         figures = self._figures(inputs, done)
         return done.update, figures, done.cut and low_rank(fused) is None
 
@@ -137,9 +137,10 @@ def _loaded(d: Delta) -> Delta:
     return d if low is None else LowRank(*low.factors(), low.scale, low.shape)
 
 
-def _direction(d: Delta) -> LowRank | None:
-    """Return the factors of an update, or of the direction inside a DoRA's true update."""
-    return low_rank(d.direction if isinstance(d, DoraDelta) else d)
+def _rank(d: Delta) -> int:
+    """Return the rank of an update's factors, or of the direction inside a DoRA's; without factors any rank."""
+    low = low_rank(d.direction if isinstance(d, DoraDelta) else d)
+    return min(d.matrix_shape) if low is None else low.rank
 
 
 def _widest(row: Row) -> str:

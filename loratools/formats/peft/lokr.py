@@ -16,7 +16,7 @@ from loratools.kinds.dense import Dense
 from loratools.kinds.kronecker import Kronecker
 from loratools.kinds.lowrank import LowRank
 from loratools.kinds.tucker import Tucker
-from loratools.linalg.namespace import up, working_dtype
+from loratools.linalg.namespace import namespace, up, working_dtype
 
 
 @peft_type("LOKR")
@@ -31,7 +31,7 @@ class LoKr(Tuner):
         p, q = _outer(m).shape, _inner_size(m)
         return p[0] * q[0], p[1] * q[1], *q[2:]
 
-    def weight(self, m: Module) -> Kronecker | Dense:
+    def weight(self, m: Module) -> Kronecker | LowRank:
         """Return the Kronecker product."""
         p, scale = _outer(m), m.scale(m.rank())
         if "lokr_w2" in m and len(m["lokr_w2"].shape) == 3:
@@ -64,16 +64,20 @@ def _inner(m: Module, outer: tuple[int, ...]) -> Delta:
     return LowRank(a, b, 1.0, (a.shape[0], inner, *m.shape[2:]))
 
 
-def _line(m: Module, p: Delta, scale: float) -> Dense:
-    """Return the change of a Conv1d with a whole w2 (o2, i2, k), formed.
+def _line(m: Module, p: Delta, scale: float) -> LowRank:
+    """Return the change of a Conv1d with a whole w2 (o2, i2, k), formed when read: it is no Kronecker product.
 
     PEFT takes ``torch.kron`` of two and three axes, which aligns them at the end, and then reshapes: what lies in
-    memory as (o2, o1, i2, i1, k) is read as (out, in, k).
+    memory as (o2, o1, i2, i1, k) is read as (out, in, k). Its factors are the matrix and an identity.
     """
-    w2 = m["lokr_w2"]
+    w2, (out, n) = m["lokr_w2"], m.matrix_shape
     dtype = working_dtype(w2)
 
     def formed() -> Array:
-        return (p.dense()[None, :, None, :, None] * up(w2, dtype)[:, None, :, None, :]).reshape(m.shape)
+        return (p.dense()[None, :, None, :, None] * up(w2, dtype)[:, None, :, None, :]).reshape(out, n)
 
-    return Dense(computed(m.shape, formed, dtype), scale)
+    def identity() -> Array:
+        return namespace(up(w2, dtype)).eye(min(out, n), dtype=up(w2, dtype).dtype)
+
+    whole, one = computed((out, n), formed, dtype), computed((min(out, n),) * 2, identity, dtype)
+    return LowRank(one, whole, scale, m.shape) if out <= n else LowRank(whole, one, scale, m.shape)
