@@ -82,7 +82,8 @@ def command(
         report if as_json else _paired(report), as_json=as_json, quiet=quiet, columns=COLUMNS, worst="interference"
     )
     if not (as_json or quiet):
-        click.echo(f"signs on {sample} evenly spaced entries per module at most")
+        if report.modules:
+            click.echo(f"signs on {sample} evenly spaced entries per module at most")
         for sentence in report.extra["recommendation"]:
             click.echo(f"\n{sentence}")
     return int(not all(check["ok"] for check in report.checks))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loratools.core.update import Delta
+from loratools.core.update import Array, Delta
 from loratools.fusion.base import Density, fusion
 from loratools.fusion.content import content_key
 from loratools.fusion.elements import Sign, dropped
@@ -31,7 +31,7 @@ def peft_dare_ties(
     present, _ = alive(deltas, weights)
     keys = {side: [content_key(d, seed, side) for d in present] for side in "ab"}
 
-    def merge(xs: list, ws: list[float], side: str):  # type: ignore[no-untyped-def,type-arg]
+    def merge(xs: list[Array], ws: list[float], side: str) -> Array:
         parts = [dropped(x, density, k) for x, k in zip(xs, keys[side], strict=True)]
         return elected_unweighted(parts, ws, sign)
 

@@ -11,8 +11,10 @@ from loratools.linalg import seeds
 from loratools.linalg.gram import cross
 from loratools.linalg.namespace import up
 from loratools.linalg.rsvd import Matrix, rsvd
-from loratools.ops.fuse_tally import LEADING as FULL_RANK
-from loratools.ops.fuse_tally import inverse_root
+from loratools.ops.fuse_tally import LEADING, inverse_root
+
+FULL_RANK = LEADING
+"""Leading directions that stand for an update without factors (the true update of a DoRA, a dense difference)."""
 
 
 @dataclass(frozen=True)

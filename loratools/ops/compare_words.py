@@ -136,10 +136,16 @@ def recommendation(
     told = [f"Empty: {_some(empty)}: the update is zero (untrained?)."] if empty else []
     for i, members in enumerate((c for c in found if len(c) > 1), start=1):
         inside = [row["cosine"] for row in rows if row["a"] in members and row["b"] in members]
-        told.append(f"Community {i}: {_some(members)}; mean cosine {_mean(inside) or 0:.2f}.")
+        told.append(
+            f"Community {i}: {_some(members)}; mean cosine {_mean(inside) or 0:.2f}. "
+            "If anything is to be fused, fuse within it; its pairs below say how."
+        )
     alone = [members[0] for members in found if len(members) == 1 and members[0] not in empty]
     if alone and rows:
-        told.append(f"Like no other: {_some(alone)}.")
+        nearest = max(row["cosine"] or 0.0 for row in rows if row["a"] in alone or row["b"] in alone)
+        told.append(f"Like no other: {_some(alone)}; the largest cosine is {nearest:.2f}.")
+    if not rows:
+        told.append("Nothing to compare: it takes two adapters with additive updates.")
     for kind, (figure, sign) in CLEAREST_FIRST.items():
         chosen = sorted((r for r in rows if r["verdict"] == kind), key=lambda r: sign * (r[figure] or 0.0))
         if chosen:
