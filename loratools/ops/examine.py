@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.core import generic
+from loratools.core.coat import Coat
 from loratools.core.update import Array, Delta, Update, tensors
 from loratools.errors import LoratoolsError
 from loratools.io.base import Base
@@ -108,10 +109,21 @@ def _figures(part: Part, w: Array, matrix: Array, side: BaseSide, asked: Asked) 
         return {}
     delta = part.update.delta(w)
     op = matrix_of(delta, turned=part.turned)
-    sizes = size_figures(delta, op, side, asked.key)
+    sizes = {**_spectrum(part.update, delta), **size_figures(delta, op, side, asked.key)}
     if sizes["update_norm"] == 0:
         return {**sizes, **no_intruders(asked.k, *matrix.shape)}
     return {**sizes, **intruder_figures(matrix, op, asked)}
+
+
+def _spectrum(update: Update, delta: Delta) -> dict[str, Any]:
+    """Return the spectrum of what a coat adds to its base, by its factors where its rank is bounded.
+
+    That of a DoRA is its direction's, which needs no base.
+    """
+    if not isinstance(update, Coat):
+        return {}
+    flat = low_rank(delta)
+    return spectrum_figures(_floats(generic.svdvals(delta if flat is None else flat)))
 
 
 def _moved(before: Update, after: Update) -> float | None:

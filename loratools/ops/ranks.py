@@ -94,6 +94,11 @@ class Target:
         return self.max_rank or NO_CAP
 
     @property
+    def enough(self) -> int | None:
+        """Largest rank that the target can ask of a module; None where that depends on its spectrum."""
+        return None if self.rank is None else self.rounded(self.rank)
+
+    @property
     def is_global(self) -> bool:
         """True if the rank of one module depends on the others', so that all spectra are needed first."""
         return self.size is not None or self.uniform or self.consumer is not None

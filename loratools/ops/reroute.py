@@ -12,9 +12,11 @@ from loratools.formats.base import Format
 from loratools.io.base import Base
 from loratools.kinds.dense import Dense
 from loratools.kinds.dora import Dora
+from loratools.kinds.lowrank import low_rank
 from loratools.kinds.rebased import Rebased
 from loratools.kinds.replace import Replace
 from loratools.kinds.replace_rows import ReplaceRows
+from loratools.leaf import Leaf
 from loratools.linalg.namespace import up
 
 Step = tuple[Update | None, list[str], float]  # the new update, its route, the relative error
@@ -31,12 +33,18 @@ class Target:
 
     def holds(self, u: Update) -> bool:
         """True if the format can say the update here; a source's own format can say all that it said."""
+        return (self.own and isinstance(u, self.format.accepts)) or self.says(u)
+
+    def says(self, u: Update) -> bool:
+        """True if the format has a place for this update here, whatever the source said."""
         there = replace(self.adapter, updates={self.name: u, **_mates(self.adapter, self.name)})
-        return (self.own and isinstance(u, self.format.accepts)) or self.format.holds(there, self.name)
+        return self.format.holds(there, self.name)
 
     def kinds_but(self, u: Update) -> tuple[type[Update], ...]:
-        """Return the kinds that the format accepts, without that of an update it does not hold here."""
-        return tuple(kind for kind in self.format.accepts if not isinstance(u, kind))
+        """Return the kinds that the format accepts here, without that of an update it does not hold."""
+        whole = self.says(Dense(Leaf(u.shape, "float32", lambda out: out)))
+        kinds = (kind for kind in self.format.accepts if whole or not issubclass(kind, Dense))
+        return tuple(kind for kind in kinds if not isinstance(u, kind))
 
 
 def _mates(adapter: Adapter, name: str) -> dict[str, Update]:
@@ -65,6 +73,9 @@ def converted(u: Update, to: Target, base: Base | None, lossy: bool) -> Step:
 def _unheld(u: Update, to: Target, base: Base | None, lossy: bool) -> Step:
     """Return what the target holds instead of ``u``: a coat becomes the difference that it makes on the base."""
     if isinstance(u, Delta):
+        factors = low_rank(u)
+        if factors is not None and to.says(factors):
+            return factors, [u.kind, factors.kind], 0.0
         return _routed(u, to.kinds_but(u), lossy)
     if isinstance(u, Replace | ReplaceRows | Rebased):
         raise ConversionError(f"the format has no place for a {u.kind} update", hint="--lossy leaves it out")
@@ -73,8 +84,12 @@ def _unheld(u: Update, to: Target, base: Base | None, lossy: bool) -> Step:
             f"the format has no place for this {u.kind} update, only for the difference that it makes on the base",
             hint="--base BASE (with --lossy, where factors are wanted)",
         )
-    difference = Dense(u.delta(base[base.resolve([to.name])[to.name]]).dense())
-    if to.holds(difference):
+    delta = u.delta(base[base.resolve([to.name])[to.name]])
+    factors = low_rank(delta)
+    if factors is not None and to.says(factors):  # of bounded rank: nothing is lost
+        return factors, [u.kind, factors.kind], 0.0
+    difference = Dense(delta.dense())
+    if to.says(difference):
         return difference, [u.kind, difference.kind], 0.0
     new, route, error = _routed(difference, to.kinds_but(difference), lossy)
     return new, [u.kind, *route], error

@@ -9,7 +9,7 @@ from loratools.core.adapter import Adapter
 from loratools.files import BaseLike, open_base
 from loratools.kinds.lowrank import low_ranks
 from loratools.ops.ranks import Target
-from loratools.ops.squeeze import How, squeezed
+from loratools.ops.squeeze import How, in_factors, squeezed
 
 if TYPE_CHECKING:
     from loratools.io.stats import StatsLike
@@ -31,14 +31,15 @@ def resize(
     ``report`` has the same figures; the same errors are raised.
     """
     target = Target(rank=rank)
-    ranks = {name: rank for name, update in adapter.items() if low_ranks(update) is not None}
     opened = open_base(base)
+    adapter, originals = in_factors(adapter, opened, rank if stats is None else None)
+    ranks = {name: rank for name, update in adapter.items() if low_ranks(update) is not None}
     weigh = None
     if stats is not None:
         from loratools.ops.weighing import weighing
 
         weigh = weighing(stats, adapter, opened, target)
     how = How(target, ranks, dtype, True, allow_nonfinite, weighing=weigh)
-    done, report = squeezed(adapter, how, opened)
+    done, report = squeezed(adapter, how, opened, originals)
     report = report.with_(schema="loratools.resize/1")
     return replace(done.with_history(f"resize {how.words}"), report=report)

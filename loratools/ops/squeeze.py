@@ -22,7 +22,11 @@ from loratools.report import Report
 
 if TYPE_CHECKING:
     from loratools.io.stats import StatsLike
+    from loratools.ops.plain import Original
     from loratools.ops.weighing import Weighing
+
+FACTORED = ("lowrank", "stack", "dora", "dense", "replace", "replace_rows", "rebased")
+"""Kinds that are factors already, or are carried."""
 
 
 def squeeze(
@@ -61,7 +65,9 @@ def squeeze(
     target means all ranks.
 
     DoRA: the direction is squeezed and the magnitude kept; with ``base`` the magnitude is refitted by least squares.
-    What is stored whole is carried as it is. ``report`` of the result holds ranks, energies, errors and bytes.
+    Updates without factors become some first (:mod:`loratools.ops.plain`): exactly where their rank is bounded, else
+    the leading part; those that depend on the base need ``base``. What is stored whole is carried as it is.
+    ``report`` of the result holds ranks, energies, errors and bytes.
 
     Cost O((m + n) R^2 + R^3) per module, the spectra twice for targets that compare modules. Guarantee: error within
     1e-6 |D| of the optimum before rounding to ``dtype``. Raises :class:`UsageError` on contradicting targets or an
@@ -79,6 +85,7 @@ def squeeze(
         nested=nested,
     )
     opened = open_base(base)
+    adapter, originals = in_factors(adapter, opened, target.enough if stats is None else None)
     edge: Edge = no_edge
     ranks: dict[str, int] = {}
     weigh = None
@@ -95,8 +102,17 @@ def squeeze(
 
         ranks = planned(adapter, target, edge, Storage(dtype, format, allow_nonfinite), weigh)
     how = How(target, ranks, dtype, keep_alpha, allow_nonfinite, edge, weigh)
-    done, report = squeezed(adapter, how, opened)
+    done, report = squeezed(adapter, how, opened, originals)
     return replace(done.with_history(f"squeeze {how.words}"), report=report)
+
+
+def in_factors(adapter: Adapter, base: Base | None, rank: int | None) -> tuple[Adapter, Mapping[str, Original]]:
+    """Return the adapter with factors where it had none, at least ``rank`` leading ones, and what it had there."""
+    if all(u.kind in FACTORED for u in adapter.values()):
+        return adapter, {}
+    from loratools.ops.plain import plain
+
+    return plain(adapter, base, rank=rank)
 
 
 @dataclass(frozen=True)
@@ -143,10 +159,12 @@ class How:
         return padded(new, wanted, name=name)
 
 
-def squeezed(adapter: Adapter, how: How, base: BaseLike | None = None) -> tuple[Adapter, Report]:
+def squeezed(
+    adapter: Adapter, how: How, base: BaseLike | None = None, originals: Mapping[str, Original] | None = None
+) -> tuple[Adapter, Report]:
     """Truncate every update that has a low-rank direction; return the adapter and the figures."""
     magnitudes = Magnitudes.of(adapter, base)
-    tally = Tally()
+    tally = Tally(originals or {})
 
     def batch(names: Sequence[str], updates: Sequence[Update]) -> Sequence[Update]:
         out = list(updates)

@@ -14,6 +14,7 @@ from loratools.linalg.namespace import dtype_name, namespace, up
 from loratools.report import Report
 
 if TYPE_CHECKING:
+    from loratools.ops.plain import Original
     from loratools.ops.weighing import Weighing
 
 UNITS = {
@@ -38,7 +39,8 @@ UNIT = {"float32": (2.0**-24, 2.0**-150), "float16": (2.0**-11, 2.0**-25), "bflo
 class Tally:
     """Collects one row per module from many threads; rows are put in the adapter's order at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, originals: Mapping[str, Original] | None = None) -> None:
+        self.originals = originals or {}  # what became factors only for being cut
         self.rows: dict[str, dict[str, Any]] = {}
         self.squares: dict[str, tuple[float, float]] = {}  # name -> (|D|^2, |D' - D|^2)
         self.held: dict[str, float] = {}  # name -> |D|^2 in the norm of which the energy is a share
@@ -78,6 +80,12 @@ class Tally:
             more["weighted_error"] = _relative(*found[2:])
         else:
             self.squares[name] = held, sum(map(_wrong, directions, results, new, totals))
+        if (known := self.originals.get(name)) is not None:
+            before, rank = known.update, known.rank
+            if known.lost:  # never with statistics
+                self.held[name] = known.total
+                self.squares[name] = known.total, self.squares[name][1] + known.lost
+                energy = min(1.0, (held - lost) / known.total)
         if self.squares[name][0] == 0.0:
             self.zero.append(name)
         error = _relative(*self.squares[name])

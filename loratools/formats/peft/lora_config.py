@@ -16,6 +16,7 @@ from loratools.formats.peft.common_config import as_lora, is_lora
 from loratools.formats.peft.config import altered_base, settings
 from loratools.formats.peft.forms.tokens import INDICES, said_again
 from loratools.formats.peft.patterns import key_for
+from loratools.kinds.dense import Dense
 from loratools.kinds.rebased import Rebased
 from loratools.kinds.replace_rows import ReplaceRows
 
@@ -40,6 +41,11 @@ def written(adapter: Adapter, told: Told) -> dict[str, Any]:
         "alpha_pattern": {key_for(path, ranks): a for path, a in alphas.items() if a != alpha},
         **_rows(adapter, source),
     }
+    if not is_lora(adapter.meta.config):
+        matrices = [f"{path}.weight" for path in told]
+        embeddings = [n for n in matrices if adapter.meta.layout.get(n, {}).get("form") == "embedding"]
+        config |= {"fan_in_fan_out": any(is_turned(adapter, n) for n in matrices if n not in embeddings)}
+        config |= {"lora_bias": any(isinstance(u, Dense) for u in adapter.values())}
     if adapter.meta.absorbed:
         config |= {name: idle for name, idle in _ABSORBED.items() if name in source}
         config.pop("enable_lora", None)

@@ -289,11 +289,12 @@ class Tuner(ABC):
         except (FormatError, MismatchError) as error:
             raise error.at(parameter=m.path) from error
         layout = {"path": m.path, "stored": "in_out" if m.turned else "out_in"}
+        layout |= {"form": "embedding"} if m.turned and self.is_embedding(m) else {}
         why = self.unmergeable(m)
         if update is not None:
             yield Found(m.name, transposed(update) if m.turned else update, layout, unmergeable=why)
         if bias is not None:
-            yield Found(f"{m.path}.bias", bias, {"path": m.path}, unmergeable=why)
+            yield Found(f"{m.path}.bias", bias, {"path": m.path, "stored": "lora_bias"}, unmergeable=why)
 
 
 def _need_kernel(name: str, size: Size, stored: tuple[int, ...] | None) -> None:

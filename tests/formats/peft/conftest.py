@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Oracle:
 
     def __init__(self, folder: Path, config: Any, targets: Sequence[str], seed: int = 0) -> None:
         torch.manual_seed(seed)
-        self.folder = folder
+        self.folder, self.targets = folder, targets
         toy = Toy(targets)
         for parameter in toy.parameters():
             if not parameter.any():  # a bias of zeros would hide its change
@@ -63,6 +64,12 @@ class Oracle:
                     if parameter.requires_grad:
                         parameter.add_(torch.randn(parameter.shape) * 0.3)
             self.model.save_pretrained(folder)
+
+    def plain(self) -> Any:
+        """Return the model without its adapter."""
+        toy = Toy(self.targets)
+        toy.load_state_dict({name: torch.from_numpy(w.copy()) for name, w in self.base.items()})
+        return toy
 
     def changes(self) -> dict[str, Any]:
         """Return parameter -> ``merge_and_unload() - W`` of every parameter that changes, fp64."""
@@ -82,12 +89,18 @@ class Oracle:
         return {name: u.apply(wide[name]) - wide[name] for name, u in self.read().items()}
 
 
-@pytest.fixture
-def oracle(tmp_path: Path) -> Callable[..., Oracle]:
-    """oracle("LohaConfig", targets, r=4, ...) -> Oracle."""
+@pytest.fixture(scope="session")
+def oracle_in() -> Callable[..., Oracle]:
+    """oracle_in(folder, "LohaConfig", targets, r=4, ...) -> Oracle."""
 
-    def make(config: str, targets: Sequence[str], seed: int = 0, **fields: Any) -> Oracle:
+    def make(folder: Path, config: str, targets: Sequence[str], seed: int = 0, **fields: Any) -> Oracle:
         said = getattr(peft, config)(target_modules=list(targets), **fields)
-        return Oracle(tmp_path / "adapter", said, targets, seed)
+        return Oracle(folder, said, targets, seed)
 
     return make
+
+
+@pytest.fixture
+def oracle(tmp_path: Path, oracle_in: Callable[..., Oracle]) -> Callable[..., Oracle]:
+    """oracle("LohaConfig", targets, r=4, ...) -> Oracle."""
+    return partial(oracle_in, tmp_path / "adapter")
