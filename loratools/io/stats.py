@@ -15,13 +15,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
+
 from loratools.errors import FormatError, LoratoolsError, MismatchError
 from loratools.io.bundle import memory_leaf
+from loratools.io.dtypes import to_numpy
 from loratools.io.names import resolve
 from loratools.io.read import existing, read_file
 from loratools.io.write import TensorPlan, write_safetensors
 from loratools.leaf import Array, Leaf
-from loratools.linalg.namespace import all_finite, dtype_name, is_float
 
 FORMAT = "loratools.stats"
 
@@ -151,11 +153,11 @@ def _check(module: str, stats: Stats, path: Path | None) -> None:
             raise FormatError(
                 f"{key} has the wrong shape", file=path, parameter=module, expected=expected, got=leaf.shape
             )
-        if not is_float(dtype_name(leaf)):
-            raise FormatError(f"{key} is not floating", file=path, parameter=module, got=dtype_name(leaf))
+        if not leaf.dtype.startswith(("float", "bfloat")):
+            raise FormatError(f"{key} is not floating", file=path, parameter=module, got=leaf.dtype)
         if key != "in_gram":
-            values = leaf.read()
-            if not all_finite(values) or bool((values < 0).any()):
+            values = to_numpy(leaf.read()).astype(np.float64)
+            if not np.isfinite(values).all() or (values < 0).any():
                 raise FormatError(
                     f"{key} has entries that no mean of squares has", file=path, parameter=module,
                     expected="finite and not negative", hint="collect the statistics again",
