@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from loratools.core.adapter import Adapter
@@ -23,3 +24,8 @@ def placed(source: Path, format: str, suffix: str) -> Path:
     folder = source.parent if inside else source
     name = folder.name if inside or source.is_dir() else source.stem
     return folder.with_name(f"{name}-{suffix}{'' if format in _DIRECTORIES else _SUFFIX.get(format, '.safetensors')}")
+
+
+def written_as(adapter: Adapter, format: str) -> Adapter:
+    """Return the adapter as one of the format that it will be written in: what its target may be depends on that."""
+    return replace(adapter, meta=replace(adapter.meta, format=format))

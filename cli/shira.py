@@ -77,7 +77,7 @@ def command(
     """
     from loratools import gates
     from loratools.cli import _session
-    from loratools.cli._names import placed
+    from loratools.cli._names import placed, written_as
     from loratools.ops.sparsify import Sparsity, shira
 
     gate = gates.parse(fail_on)
@@ -87,7 +87,7 @@ def command(
     words: dict[str, Any] = {"density": density, "mask": mask, "scope": scope, "plus_lowrank": plus_lowrank}
     target = output or placed(path.absolute(), to, f"shira{density:g}")
     shown = _session.Target(target, overwrite, dry_run, as_json, quiet)
-    shown.check([adapter])
+    shown.check([written_as(adapter, to)])
     with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
         done = shira(adapter, **words, base=opened, keep_base=keep_base, to=to, dtype=dtype, seed=seed)
     code = _session.deliver(done, [adapter], shown, gate, columns=COLUMNS, worst="relative_error", base=opened,

@@ -73,3 +73,8 @@ def frozen(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     view = array.view()
     view.flags.writeable = False
     return view
+
+
+def from_raw(raw: bytes, dtype: str, shape: tuple[int, ...]) -> Array:
+    """Return the array that little-endian row-major bytes stand for."""
+    return np.frombuffer(raw, numpy_dtype(dtype)).reshape(shape)

@@ -38,6 +38,20 @@ def check_output(path: str | Path, inputs: Sequence[str | Path] = (), overwrite:
             _refuse_foreign(path)
 
 
+def write_bytes(path: Path, data: bytes, *, overwrite: bool = False) -> Path:
+    """Write a file, complete or not at all; return its path."""
+    check_output(path, overwrite=overwrite)
+    with replacing(path, overwrite=overwrite) as fd:
+        write_all(fd, memoryview(data), 0, path)
+    return path
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return all bytes of a file. Raises FileError."""
+    with os_errors("read the file", path):
+        return path.read_bytes()
+
+
 def copy_small_files(files: Iterable[Path], target: str | Path) -> tuple[Path, ...]:
     """Copy the small files of an adapter directory (tokenizer, chat template, ...) into ``target``; return the copies.
 

@@ -1,0 +1,328 @@
+"""quantize: an adapter in few bits per weight, with the least error that the bytes allow; and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import isfinite, prod
+from typing import Any, NamedTuple
+
+from loratools.core.adapter import Adapter
+from loratools.core.pool import parallel_map
+from loratools.core.update import Array, Leaf, Update, namespace, nbytes
+from loratools.errors import LoratoolsError, UsageError
+from loratools.files import written_size
+from loratools.io.stats import StatsLike
+from loratools.kinds.binary import Binary, binary
+from loratools.kinds.lowrank import LowRank, low_rank, stored_as, with_low_rank
+from loratools.kinds.packed import Packed, empty, packed, packed_sizes, payload_bytes, runs_of
+from loratools.linalg import factored
+from loratools.linalg.levels import GAUSS_BOOK
+from loratools.linalg.lowbit import LowBit, encode
+from loratools.linalg.medians import MEDIANS
+from loratools.linalg.namespace import up
+from loratools.linalg.select import numerical_rank
+from loratools.ops.bit_budget import Module, allocations
+from loratools.ops.channels import channel_weights
+from loratools.ops.quantise_report import Figures, neighbours, quantise_report
+from loratools.ops.ranks import parse_size
+from loratools.report import Report
+
+BITS = (1, 2, 3, 4, 8)
+QUICK = 3  # sweeps for choosing among plans
+SCHEMES = ("lowbit", "binary-adapter")
+Plan = Mapping[str, tuple[int, ...]]  # bits of every kept component, by parameter
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How few bits: exactly one of ``bits`` for every component, ``avg_bits`` per stored weight (scales counted), and
+    ``size``, the bytes of the whole file. ``group`` entries share a scale (0: a whole vector).
+
+    Raises UsageError for contradictions and values out of range.
+    """
+
+    bits: int | None = None
+    avg_bits: float | None = None
+    size: int | str | None = None
+    group: int = 0
+    scheme: str = "lowbit"
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("bits", "avg_bits", "size") if getattr(self, name) is not None]
+        if len(given) != 1:
+            got = ", ".join(given) or "none"
+            raise UsageError("exactly one budget is needed", expected="bits, avg-bits or size", got=got)
+        if self.scheme not in SCHEMES:
+            raise UsageError("unknown scheme", expected=" or ".join(SCHEMES), got=self.scheme)
+        if self.scheme == "binary-adapter" and (self.bits not in MEDIANS or self.group):
+            sizes = ", ".join(map(str, MEDIANS))
+            raise UsageError("Binary Adapters have one size for all and no groups", expected=f"bits {sizes}",
+                             got=f"bits {self.bits}, group {self.group}")  # fmt: skip
+        if self.scheme == "lowbit" and self.bits is not None and self.bits not in BITS:
+            raise UsageError("bits out of range", expected=", ".join(map(str, BITS)), got=self.bits)
+        if self.avg_bits is not None and not (isfinite(self.avg_bits) and 0 < self.avg_bits <= 16):
+            raise UsageError("average bits out of range", expected="above 0 and at most 16", got=self.avg_bits)
+        if self.group and self.group < 8:
+            raise UsageError("group out of range", expected="0 (whole vectors) or at least 8", got=self.group)
+        if self.size is not None:
+            object.__setattr__(self, "size", parse_size(self.size))
+
+    @property
+    def words(self) -> str:
+        """The budget, for the history."""
+        said = (("bits", self.bits), ("avg-bits", self.avg_bits), ("size", self.size), ("group", self.group or None))
+        scheme = "" if self.scheme == "lowbit" else f" {self.scheme}"
+        return " ".join(f"{name} {value}" for name, value in said if value is not None) + scheme
+
+    @property
+    def suffix(self) -> str:
+        """The budget, for a file name."""
+        if self.bits is not None:
+            return f"{self.bits}bit"
+        return f"{self.avg_bits:g}bit" if self.avg_bits is not None else f"{self.size}B"
+
+
+def quantize(
+    adapter: Adapter,
+    *,
+    bits: int | None = None,
+    avg_bits: float | None = None,
+    size: int | str | None = None,
+    group: int = 0,
+    scheme: str = "lowbit",
+    stats: StatsLike | None = None,
+) -> Adapter:
+    """Return the adapter with every low-rank update packed in few bits (kind ``packed``); save it as ``native``.
+
+    Exactly one budget, see :class:`Budget`; ``size`` is honoured to the byte by ``save(..., format="native")``. The
+    updates are brought into the canonical gauge (balanced singular components); with ``avg_bits`` or ``size`` the bits
+    of every component are chosen by marginal gain over all modules, otherwise all have ``bits``; then see
+    :func:`loratools.linalg.lowbit.encode`. ``stats`` weigh the inputs of the modules. ``scheme`` ``binary-adapter`` is
+    the rule of arXiv:2307.16867, applied after the fact (kind ``binary``).
+
+    What is no low-rank product (biases, heads, full differences, stacks of experts) is carried. Raises UsageError for
+    an impossible budget, NumericsError naming the parameter for values that are not finite.
+    """
+    budget = Budget(bits, avg_bits, size, group, scheme)
+    directions = {name: low for name, u in adapter.items() if (low := low_rank(u)) is not None}
+    if not directions:
+        raise UsageError("the adapter holds no low-rank update to quantise", got=f"{len(adapter)} others")
+    done = replace(adapter, report=None).with_history(f"quantize {budget.words}")
+    done = replace(done, meta=replace(done.meta, absorbed={}))
+    if budget.scheme == "binary-adapter":
+        return _by_medians(adapter, done, directions, budget)
+    weights = channel_weights(stats, adapter, directions)
+    parts = canonical_parts(directions)
+    plans = _plans(done, directions, parts, budget)
+    if len(plans) > 1:
+        plans = [min(plans, key=lambda plan: _wrong(_encoded(parts, plan, weights, group, sweeps=QUICK)))]
+    best = _encoded(parts, plans[0], weights, group)
+    updates = {name: _put(u, best[name].update) if name in best else u for name, u in adapter.items()}
+    made = replace(done, updates=updates)
+    figures = {
+        name: _figures(directions[name], parts[name], found, weighted=name in weights) for name, found in best.items()
+    }
+    near = neighbours({n: (p.b, p.a) for n, p in parts.items()}, best_bytes(best), group)
+    return replace(made, report=quantise_report(figures, budget.words, adapter, made, near))
+
+
+class Part(NamedTuple):
+    """An update in the canonical gauge: b (m, k), a (k, n), balanced; squared singular values; shape."""
+
+    b: Array
+    a: Array
+    energies: tuple[float, ...]
+    shape: tuple[int, ...]
+
+
+class Encoded(NamedTuple):
+    """A packed update and |D' - D|^2 (in the weighted norm, if there is one)."""
+
+    update: Packed
+    wrong: float
+
+
+def canonical_parts(directions: Mapping[str, LowRank]) -> dict[str, Part]:
+    """Return every update in the canonical gauge. Raises NumericsError naming the parameter."""
+
+    def one(name: str) -> Part:
+        u = directions[name]
+        try:
+            found = factored.truncate(u.b, u.a, numerical_rank, scale=u.scale)
+        except LoratoolsError as error:
+            raise error.at(parameter=name) from error
+        energies = tuple(float(s) ** 2 for s in found.singular_values[: found.rank])
+        return Part(up(found.b), up(found.a), energies if energies[0] else (), u.shape)
+
+    return _each(one, directions)
+
+
+def _each(one: Any, directions: Mapping[str, Any]) -> dict[str, Any]:
+    names = list(directions)
+    return dict(zip(names, parallel_map(one, names, weights=[_weight(directions[n]) for n in names]), strict=True))
+
+
+def _weight(u: Any) -> int:
+    """Return the work of one module in bytes: each weight is looked at many times."""
+    return 64 * int(sum(t.nbytes for t in (u.b, u.a)))
+
+
+def _plans(done: Adapter, directions: Mapping[str, LowRank], parts: Mapping[str, Part], budget: Budget) -> list[Plan]:
+    """Return the bits of every component, by every way worth trying."""
+    if budget.bits is not None:
+        return [{name: (budget.bits,) * len(p.energies) for name, p in parts.items()}]
+    modules = {name: Module(p.energies, p.shape) for name, p in parts.items()}
+    if budget.avg_bits is not None:
+        weights = sum(u.rank * sum(u.matrix_shape) for u in directions.values())
+        return list(allocations(modules, int(budget.avg_bits * weights / 8), group=budget.group))
+    assert isinstance(budget.size, int)
+    return [fitted(done, modules, plan, budget.size, budget.group) for plan in _within(done, modules, budget)]
+
+
+def _within(done: Adapter, modules: Mapping[str, Module], budget: Budget) -> list[Plan]:
+    assert isinstance(budget.size, int)
+    least = planned_size(done, dict.fromkeys(modules, ()), modules, budget.group)
+    if least > budget.size:
+        raise UsageError(
+            "the file cannot be so small: this is the size without a single code",
+            expected=f"at least {least} bytes",
+            got=budget.size,
+        )
+    found: list[Plan] = list(allocations(modules, budget.size - least, group=budget.group))
+    return found or [dict.fromkeys(modules, ())]
+
+
+def fitted(done: Adapter, modules: Mapping[str, Module], plan: Plan, size: int, group: int) -> Plan:
+    """Return the plan with its weakest components dropped until the whole file has at most ``size`` bytes.
+
+    What a plan costs in the header is known only when it is made: some hundred bytes per module at most.
+    """
+    now = {name: list(bits) for name, bits in plan.items()}
+    last = sorted(((modules[n].energies[j], n) for n, bits in now.items() for j in range(len(bits))), reverse=True)
+    over = planned_size(done, _frozen(now), modules, group) - size
+    while over > 0:
+        freed = 0
+        while freed < over and last:
+            _, name = last.pop()
+            freed += payload_bytes((now[name].pop(), 1), modules[name].shape, group)
+        over = planned_size(done, _frozen(now), modules, group) - size
+    return _frozen(now)
+
+
+def _frozen(bits: Mapping[str, list[int]]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(b) for name, b in bits.items()}
+
+
+def planned_size(done: Adapter, plan: Plan, modules: Mapping[str, Module], group: int) -> int:
+    """Return the bytes of the file that a plan becomes, from shapes alone."""
+    updates = {
+        name: _put(u, _promised(plan[name], modules[name].shape, group)) if name in plan else u
+        for name, u in done.items()
+    }
+    return written_size(replace(done, updates=updates), format="native")
+
+
+def _promised(bits: tuple[int, ...], shape: tuple[int, ...], group: int) -> Packed:
+    runs = runs_of(bits)
+    codes, scales = packed_sizes(runs, shape[0], prod(shape[1:]), group)
+
+    def never(out: Array | None) -> Array:
+        raise AssertionError("a plan has no values")
+
+    book = 1 if any(4 < b < 16 for b in bits) else 0  # the longer word, if there is one
+    return Packed(Leaf((codes,), "uint8", never), Leaf((scales,), "float16", never), runs, shape, group, book)
+
+
+def _put(u: Update, new: Packed | Binary) -> Update:
+    """Return ``u`` with its direction replaced by the packed one."""
+    return with_low_rank(u, new)  # type: ignore[arg-type]  # any Delta stands where a low-rank one stood
+
+
+def _encoded(
+    parts: Mapping[str, Part], plan: Plan, weights: Mapping[str, Array], group: int, sweeps: int | None = None
+) -> dict[str, Encoded]:
+    """Encode every module by a plan; with ``sweeps`` roughly, for choosing among plans."""
+    rough: dict[str, Any] = {} if sweeps is None else {"sweeps": sweeps, "rotate": False, "book": GAUSS_BOOK}
+
+    def one(name: str) -> Encoded:
+        p, bits = parts[name], plan[name]
+        if not bits:
+            return Encoded(empty(p.b, p.shape), sum(p.energies))
+        k = len(bits)
+        found: LowBit = encode(p.b[:, :k], p.a[:k, :], bits, group=group, weights=weights.get(name), **rough)
+        whole, kept = sum(p.energies), sum(p.energies[:k])
+        return Encoded(packed(found, p.shape), found.error * kept + whole - kept)
+
+    return _each(one, parts)
+
+
+def _wrong(found: Mapping[str, Encoded]) -> float:
+    """Return the whole squared error of an encoding."""
+    return sum(one.wrong for one in found.values())
+
+
+def best_bytes(found: Mapping[str, Encoded]) -> dict[str, int]:
+    """Return the bytes of codes and scales, by parameter."""
+    return {name: int(e.update.codes.nbytes + e.update.scales.nbytes) for name, e in found.items()}
+
+
+def _figures(before: LowRank, part: Part, found: Encoded, *, weighted: bool) -> Figures:
+    square, wrong, weights = sum(part.energies), found.wrong, before.rank * sum(before.matrix_shape)
+    if weighted and part.energies:  # what is told is the plain norm
+        square, wrong = difference_squares(LowRank(part.b, part.a), found.update.unpacked())
+    return Figures(square, wrong, before.rank, found.update.runs, weights)
+
+
+def _by_medians(adapter: Adapter, done: Adapter, directions: Mapping[str, LowRank], budget: Budget) -> Adapter:
+    """Apply the paper's rule to the factors as they are."""
+    assert budget.bits is not None
+    bits = budget.bits
+
+    def one(name: str) -> tuple[Binary, Figures]:
+        u = directions[name]
+        found = binary(u, bits)
+        square, wrong = difference_squares(u, found.unpacked())
+        weights = u.rank * sum(u.matrix_shape)
+        return found, Figures(square, wrong, u.rank, (bits, u.rank), weights)
+
+    found = _each(one, directions)
+    updates = {name: _put(u, found[name][0]) if name in found else u for name, u in adapter.items()}
+    made = replace(done, updates=updates)
+    return replace(made, report=quantise_report({n: f for n, (_, f) in found.items()}, budget.words, adapter, made, ()))
+
+
+def difference_squares(u: LowRank, v: LowRank) -> tuple[float, float]:
+    """Return |D_u|^2 and |D_v - D_u|^2, from fp64 Gram matrices of both products side by side."""
+    (b, a), (b2, a2) = u.factors("float64"), v.factors("float64")
+    xp = namespace(b)
+    square = factored.frobenius(b, a, scale=u.scale) ** 2
+    tall = xp.concat([u.scale * b, -v.scale * b2], axis=1)
+    return square, factored.frobenius(tall, xp.concat([a, a2], axis=0)) ** 2
+
+
+def dequantize(adapter: Adapter, *, dtype: str = "float16") -> Adapter:
+    """Return the adapter with every packed update unpacked into plain factors of ``dtype``, ready for any program."""
+    found = [name for name, u in adapter.items() if _is_packed(u)]
+    if not found:
+        raise UsageError("nothing in this adapter is quantised", file=adapter.meta.path)
+
+    def one(name: str, u: Update) -> Update:
+        low = low_rank(u) if _is_packed(u) else None
+        if low is None:
+            return u
+        return with_low_rank(u, LowRank(stored_as(low.b, dtype), stored_as(low.a, dtype), low.scale, low.shape))
+
+    done = adapter.map(one).with_history(f"dequantize to {dtype}")
+    rows = [
+        {"name": n, "kind": done[n].kind, "bytes_before": nbytes(adapter[n]), "bytes_after": nbytes(done[n])}
+        for n in found
+    ]
+    total = {"modules": len(found), "bytes_before": adapter.nbytes, "bytes_after": done.nbytes}
+    units = {"bytes_before": "bytes of the packed tensors", "bytes_after": "bytes of the written tensors"}
+    return replace(done, report=Report("loratools.dequantize/1", tuple(rows), total, units))
+
+
+def _is_packed(u: Update) -> bool:
+    inner = getattr(u, "direction", None) or getattr(u, "update", None)
+    return isinstance(u, Packed | Binary) or (isinstance(inner, Update) and _is_packed(inner))
