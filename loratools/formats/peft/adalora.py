@@ -22,10 +22,14 @@ class AdaLora(Tuner):
 
     def size(self, m: Module) -> Size:
         """Return (out, in), in flat over a kernel."""
-        return m["lora_B"].shape[0], m["lora_A"].shape[1]
+        if _is_pruned(m):
+            return m.parts["lora_B"][1].shape[0], m.parts["lora_A"][1].shape[1]
+        return m.axes("lora_B", 2)[0], m.axes("lora_A", 2)[1]
 
-    def weight(self, m: Module) -> LowRank:
-        """Return the product, E taken into A."""
+    def weight(self, m: Module) -> LowRank | None:
+        """Return the product, E taken into A; None where the budget left no rank at all."""
+        if _is_pruned(m):
+            return None
         a = m["lora_A"]
         e = m.need("lora_E", (a.shape[0], 1))
         alpha, init = m.fields.number("lora_alpha"), m.fields.integer("init_r", least=1)
@@ -33,3 +37,9 @@ class AdaLora(Tuner):
         dtype = working_dtype(a, e)
         scaled = computed(a.shape, lambda: up(e, dtype) * up(a, dtype), dtype)
         return LowRank(m["lora_B"], scaled, scale, m.shape)
+
+
+def _is_pruned(m: Module) -> bool:
+    """Return whether all factors are there, without a single direction."""
+    shapes = [m.parts[leaf][1].shape for leaf in ("lora_A", "lora_E", "lora_B") if leaf in m.parts]
+    return [len(shape) for shape in shapes] == [2, 2, 2] and shapes[0][0] == shapes[1][0] == shapes[2][1] == 0

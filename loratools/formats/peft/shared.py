@@ -10,7 +10,7 @@ from loratools.errors import FormatError
 from loratools.formats.peft.tuner import Model
 from loratools.kinds.lowrank import LowRank
 from loratools.leaf import Array
-from loratools.linalg.namespace import down, up, working_dtype
+from loratools.linalg.namespace import up, working_dtype
 
 
 class Projections(NamedTuple):
@@ -39,10 +39,5 @@ class Projections(NamedTuple):
 
 
 def narrowed(a: Array, b: Array, model: Model) -> Projections:
-    """Return drawn projections as PEFT holds them: rounded to the dtype of the base, where that is a half type."""
-    if model.base is None:
-        return Projections(a, b)
-    dtypes = {model.base.dtypes[name] for name in model.names.values()}
-    for dtype in sorted(dtypes & {"float16", "bfloat16"})[:1]:
-        a, b = up(down(a, dtype)), up(down(b, dtype))
-    return Projections(a, b)
+    """Return drawn projections as PEFT holds them for the modules, whose weights are of one dtype."""
+    return Projections(model.placed[0].as_held(a), model.placed[0].as_held(b))

@@ -73,4 +73,4 @@ def _drawn(m: Module, count: int, rank: int) -> Array:
     if m.fields.flag("save_projection", True):
         raise FormatError("a tensor of this TINYLORA module is missing", parameter=m.path, expected=P)
     seed = m.fields.integer("projection_seed") + _number(m)
-    return Torch(seed, RESAVE).normal((count, rank, rank), 1.0 / rank**0.5)
+    return m.as_held(Torch(seed, RESAVE).normal((count, rank, rank), 1.0 / rank**0.5))

@@ -28,7 +28,8 @@ from loratools.formats.peft.reading import Reading
 from loratools.formats.peft.tuner_keys import parser
 from loratools.io.base import Base
 from loratools.io.bundle import Bundle
-from loratools.linalg.namespace import is_float
+from loratools.leaf import Array
+from loratools.linalg.namespace import down, is_float, up
 
 Size = tuple[int | None, ...]  # (out, in[, *kernel]); None where the tensors do not tell
 
@@ -166,6 +167,12 @@ class Module:
             raise FormatError(f"{leaf} has another shape", parameter=self.path, expected=f"{count} axes", got=shape)
         return shape
 
+    def as_held(self, x: Array) -> Array:
+        """Return drawn numbers as PEFT holds them: rounded to the dtype of the base's weight, where that is half."""
+        base, name = self.model.base, self.model.names.get(self.name)
+        dtype = "float32" if base is None or name is None else base.dtypes[name]
+        return up(down(x, dtype)) if dtype in ("float16", "bfloat16") else x
+
     def need(self, leaf: str, shape: tuple[int, ...]) -> Leaf:
         """Return a tensor, or raise :class:`FormatError` where it has another shape."""
         tensor = self[leaf]
@@ -178,13 +185,15 @@ class Tuner(ABC):
     """Reader of one type; ``leaves`` are those under a module, ``shared`` those under ``base_model.``.
 
     Segments of a leaf may hold ``*`` (see :mod:`loratools.formats.peft.tuner_keys`). ``as_stored``: the tensors have
-    the orientation of the stored parameter, whichever that is.
+    the orientation of the stored parameter, whichever that is. ``verbatim``: no LORA says it; unchanged, it is written as
+    it was read.
     """
 
     type: ClassVar[str] = ""
     leaves: ClassVar[tuple[str, ...]]
     shared: ClassVar[tuple[str, ...]] = ()
     as_stored: ClassVar[bool] = False
+    verbatim: ClassVar[bool] = False
 
     @abstractmethod
     def size(self, m: Module) -> Size:
@@ -292,9 +301,9 @@ class Tuner(ABC):
         layout |= {"form": "embedding"} if m.turned and self.is_embedding(m) else {}
         why = self.unmergeable(m)
         if update is not None:
-            yield Found(m.name, transposed(update) if m.turned else update, layout, unmergeable=why)
+            yield Found(m.name, transposed(update) if m.turned else update, layout, self.verbatim, unmergeable=why)
         if bias is not None:
-            yield Found(f"{m.path}.bias", bias, {"path": m.path, "stored": "lora_bias"}, unmergeable=why)
+            yield Found(f"{m.path}.bias", bias, {"path": m.path, "stored": "lora_bias"}, self.verbatim, unmergeable=why)
 
 
 def _need_kernel(name: str, size: Size, stored: tuple[int, ...] | None) -> None:

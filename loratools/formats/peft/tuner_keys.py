@@ -24,7 +24,7 @@ def parser(leaves: Sequence[str]) -> Callable[[str], Key]:
 
     def parse(key: str) -> Key:
         bare = unwrapped(key)
-        ours = bare.startswith(MODEL)
+        ours = bare.startswith(MODEL) and not bare.startswith(PREFIX)
         bare = bare.removeprefix(PREFIX).removeprefix(MODEL)
         segments = bare.split(".")
         for at, segment in enumerate(segments):

@@ -25,7 +25,7 @@ from loratools.formats.peft.types import peft_type
 from loratools.io.base import Base
 from loratools.kinds.lowrank import LowRank
 from loratools.leaf import Array
-from loratools.linalg.namespace import cast, down, namespace, up
+from loratools.linalg.namespace import cast, namespace, up
 
 THETA = "unilora_theta_d"
 INDEX_A, INDEX_B, SCALE_A, SCALE_B = (f"unilora_{what}_{side}" for what in ("indices", "scales") for side in "AB")
@@ -100,7 +100,8 @@ def _named(fields: Fields, field: str, path: str) -> bool:
 
 def _entries(model: Model, length: int) -> Mapping[str, list[tuple[Array, Array]]]:
     """Return path -> (index, scale) of A and of B: shuffled numbers, dealt out module by module."""
-    rank, shapes = model.fields.integer("r", least=1), {m.path: m.shape for m in model.placed}
+    rank, modules = model.fields.integer("r", least=1), {m.path: m for m in model.placed}
+    shapes = {path: m.shape for path, m in modules.items()}
     total = sum(rank * (out + n) for out, n in shapes.values())
     dealt = shuffled(length, total, model.fields.integer("proj_seed"))
     counts = np.bincount(dealt, minlength=length)
@@ -111,13 +112,7 @@ def _entries(model: Model, length: int) -> Mapping[str, list[tuple[Array, Array]
         parts = []
         for shape in ((rank, n), (out, rank)):
             index = dealt[start : start + shape[0] * shape[1]].reshape(shape)
-            parts.append((index, _rounded(scales[index], path, model)))
+            parts.append((index, modules[path].as_held(scales[index])))
             start += index.size
         found[path] = parts
     return found
-
-
-def _rounded(scales: Array, path: str, model: Model) -> Array:
-    """Return the scales as PEFT holds them: in the dtype of the base's weight."""
-    dtype = model.base.dtypes[model.names[f"{path}.weight"]] if model.base is not None else "float32"
-    return down(scales, dtype) if dtype in ("float16", "bfloat16") else scales
