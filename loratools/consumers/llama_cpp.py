@@ -4,19 +4,42 @@ from __future__ import annotations
 
 from loratools.consumers import gguf_reader
 from loratools.consumers import peft_reader as reads
-from loratools.consumers.base import CONSUMERS, FAILS, FIX_BASE, MERGE, STRENGTH, Evidence, Profile, Recipe, Rule, found
+from loratools.consumers.base import (
+    CONSUMERS,
+    FAILS,
+    FIX_BASE,
+    MERGE,
+    PARTLY,
+    STRENGTH,
+    Evidence,
+    Profile,
+    Recipe,
+    Rule,
+    found,
+)
 from loratools.consumers.health import HEALTH
 from loratools.consumers.subject import Subject
 
 SCRIPT = "llama.cpp, convert_lora_to_gguf.py"
 
 
-def _norm_weights_aside(subject: Subject) -> Evidence | None:
-    """Whole tensors other than norms and base layers, on which the converter stops."""
-    seen = reads.saved_modules(subject)
-    named = () if seen is None else seen.modules
-    others = [k for k in named if "layernorm" not in k and not k.endswith(("norm.weight", ".base_layer.weight"))]
-    return found(others) or (seen if seen is not None and not named else None)
+def _whole(subject: Subject) -> list[str]:
+    """Return the keys of whole tensors that the converter does not pass over: it skips wrapped base layers."""
+    return [k for k, p in subject.keys.items() if not p.leaf and ".base_layer.weight" not in k and k[-5:] != ".bias"]
+
+
+def _is_norm(key: str) -> bool:
+    return "_layernorm" in key or ".norm" in key
+
+
+def _whole_but_norms(subject: Subject) -> Evidence | None:
+    """Whole tensors other than norms, on which the converter stops."""
+    return found([k for k in _whole(subject) if not _is_norm(k)])
+
+
+def _norms(subject: Subject) -> Evidence | None:
+    """Weights of norms, which the converter writes."""
+    return found([k for k in _whole(subject) if _is_norm(k)])
 
 
 CONVERTER = tuple(
@@ -30,8 +53,10 @@ CONVERTER = tuple(
             FIX_BASE,
         ),
         ("converter-dora", FAILS, reads.dora, "stops at magnitudes; GGUF cannot hold them", MERGE),
-        ("converter-modules-to-save", FAILS, _norm_weights_aside, "stops at whole tensors: unexpected name", FIX_BASE),
-        ("converter-bias", FAILS, reads.biases, "stops at biases: unexpected name", FIX_BASE),
+        ("converter-modules-to-save", FAILS, _whole_but_norms, "stops at whole tensors: unexpected name", FIX_BASE),
+        ("converter-norms", PARTLY, _norms, "writes weights of norms, which the loader ignores", FIX_BASE),
+        ("converter-tokens", FAILS, reads.tokens, "stops at trained rows of tokens: unexpected name", FIX_BASE),
+        ("converter-bias", FAILS, reads.bias_tensors, "stops at biases: unexpected name", FIX_BASE),
         ("converter-adapter-name", FAILS, reads.adapter_name, "stops at keys with an adapter name", FIX_BASE),
         ("converter-not-linear", FAILS, reads.not_linear, "cannot hold convolutions", MERGE),
         ("converter-not-multiplying", FAILS, reads.not_multiplying, "needs factors of one rank", MERGE),
@@ -44,9 +69,9 @@ CONSUMERS.add("llama.cpp")(
     Profile(
         name="llama.cpp",
         title="llama.cpp",
-        version="as in llama-cpp-python 0.3.36",
+        version="as in xllamacpp 2026.10.11549, and the converter of llama-cpp-python 0.3.36",
         source=f"{gguf_reader.LOADER}; {SCRIPT}",
-        ran=False,
+        ran=True,
         reads=("gguf",),
         converts=("peft",),
         rules=(*gguf_reader.RULES, *CONVERTER, *HEALTH),

@@ -61,7 +61,7 @@ PEFT = tuple(
         ("not-multiplying", FAILS, reads.not_multiplying, "lora_A and lora_B must share their rank", MERGE),
         ("dora", FAILS, reads.dora, "GGUF holds LoRA only", MERGE),
         ("modules-to-save", FAILS, reads.saved_modules, "GGUF adapters hold LoRA factors only", FIX_BASE),
-        ("bias", FAILS, reads.biases, "GGUF adapters hold LoRA factors only", FIX_BASE),
+        ("bias", FAILS, reads.bias_tensors, "GGUF adapters hold LoRA factors only", FIX_BASE),
         (
             "strength",
             STRENGTH,

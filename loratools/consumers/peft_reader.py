@@ -84,10 +84,14 @@ def saved_modules(subject: Subject) -> Evidence | None:
 
 
 def biases(subject: Subject) -> Evidence | None:
-    """Biases of the base, or of lora_B."""
-    keys = [k for k in subject.tensors if k.endswith(".bias")]
+    """Biases of the base, or of lora_B, in the file or by its config."""
     said = subject.config.get("bias", "none")
-    return found(keys) or (Evidence(f"bias is {said}") if said not in ("none", None) else None)
+    return bias_tensors(subject) or (Evidence(f"bias is {said}") if said not in ("none", None) else None)
+
+
+def bias_tensors(subject: Subject) -> Evidence | None:
+    """Biases of the base, or of lora_B, in the file."""
+    return found([k for k in subject.tensors if k.endswith(".bias")])
 
 
 def _whole(subject: Subject) -> list[str]:

@@ -53,7 +53,7 @@ RULES = (
     Rule("adapter-name", PARTLY, reads.adapter_name, "keys that the pattern does not match are skipped", SOURCE),
     Rule("modules", PARTLY, reads.last_names(MODULES), "unknown modules are skipped with a warning", SOURCE, MERGE),
     Rule("modules-to-save", PARTLY, _other_saved, "of whole modules only lm_head and embed_tokens are taken", SOURCE),
-    Rule("bias", PARTLY, reads.biases, "keys that the pattern does not match are skipped", SOURCE),
+    Rule("bias", PARTLY, reads.bias_tensors, "keys that the pattern does not match are skipped", SOURCE),
     Rule(
         "patterns",
         STRENGTH,

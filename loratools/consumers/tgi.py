@@ -48,7 +48,7 @@ RULES = (
     Rule("gaps", PARTLY, reads.gaps, "a module type that one layer lacks is dropped in all layers", SOURCE, MERGE),
     Rule("dora", PARTLY, reads.dora, "magnitudes are not looked up", SOURCE, MERGE),
     Rule("modules-to-save", PARTLY, reads.saved_modules, "only LoRA factors are looked up", SOURCE),
-    Rule("bias", PARTLY, reads.biases, "only LoRA factors are looked up", SOURCE),
+    Rule("bias", PARTLY, reads.bias_tensors, "only LoRA factors are looked up", SOURCE),
     Rule("trainable-tokens", PARTLY, reads.tokens, "only LoRA factors are looked up", SOURCE),
     Rule(
         "unknown-keys",

@@ -14,16 +14,19 @@ from loratools.consumers.peft import targeted
 from loratools.consumers.subject import Subject
 from loratools.core import generic
 from loratools.core.adapter import Adapter
-from loratools.core.update import KINDS, Delta, Update
+from loratools.core.rows import row_ranges, slice_rows
+from loratools.core.update import KINDS, Array, Delta, Leaf, Update
 from loratools.errors import ConversionError, LoratoolsError, MissingScaleError, NeedsBaseError
 from loratools.files import save
 from loratools.formats.base import FORMATS
 from loratools.io.base import Base
 from loratools.kinds.lowrank import LowRank, low_rank, padded, restated, with_low_rank
-from loratools.linalg.namespace import to_numpy
+from loratools.kinds.rebased import Rebased
+from loratools.linalg.namespace import to_numpy, up
 from loratools.outputs import check_target
 
 EXTRAS = ("replace", "replace_rows", "rebased", "dense")  # whole values and biases: they can live beside the factors
+BLOCK_BYTES = 16 << 20  # compared at once
 ONE_MODEL = ("peft", "mlx", "gguf")  # formats whose names are one model's own
 _PEFT_TYPE = {"peft_type": "LORA"}
 
@@ -57,7 +60,7 @@ def fix(
     steps: list[str] = []
     if recipe.format in ONE_MODEL:
         adapter = _named(adapter, subject.base, steps)
-    kept, extras = _parted(adapter, recipe, subject.base)
+    kept, extras = _parted(adapter, recipe, subject.base, steps)
     kept = _shaped(kept, recipe, steps)
     kept = _described(kept, recipe, steps, moved=bool(extras))
     kept = kept.with_history(f"made to load in {consumer}")
@@ -129,12 +132,17 @@ def _stored(layout: Mapping[str, Any]) -> Mapping[str, Any]:
     return {key: layout[key] for key in ("stored",) if key in layout}
 
 
-def _parted(adapter: Adapter, recipe: Recipe, base: Base | None) -> tuple[Adapter, dict[str, Update]]:
+def _parted(adapter: Adapter, recipe: Recipe, base: Base | None, steps: list[str]) -> tuple[Adapter, dict[str, Update]]:
     """Return what the consumer applies, in kinds that it knows, and the extras to move aside."""
     kept: dict[str, Update] = {}
     extras: dict[str, Update] = {}
     kinds = tuple(KINDS[name] for name in recipe.kinds)
-    for name, u in adapter.items():
+    for name, whole in adapter.items():
+        u = whole
+        if isinstance(u, Rebased) and isinstance(u.update, kinds) and recipe.takes(name, u.shape):
+            u = u.update if base is not None and _is_of(base, name, u.value) else u
+        if u is not whole:
+            steps.append(f"{name}: the copy in the file is the base's own, only its update is written")
         if isinstance(u, kinds) and recipe.takes(name, u.shape):
             kept[name] = u
         elif u.kind in EXTRAS:
@@ -144,6 +152,18 @@ def _parted(adapter: Adapter, recipe: Recipe, base: Base | None) -> tuple[Adapte
     if not kept:
         raise ConversionError("nothing in the file is of a kind that the consumer applies", got=f"{len(extras)} extras")
     return replace(adapter, updates=kept, meta=replace(adapter.meta, leftover={})), extras
+
+
+def _is_of(base: Base, name: str, value: Leaf | Array) -> bool:
+    """True if a parameter that the adapter brings along has the values of the base's, whatever the dtypes."""
+    stored = base.resolve([name], optional=[name]).get(name)
+    if stored is None or base.shapes[stored] != tuple(value.shape):
+        return False
+    leaf = base.leaf(stored)
+    return all(
+        bool((up(slice_rows(leaf, i, j)) == up(slice_rows(value, i, j))).all())
+        for i, j in row_ranges(leaf, BLOCK_BYTES)
+    )
 
 
 def _converted(name: str, u: Update, kinds: tuple[type[Update], ...], recipe: Recipe, base: Base | None) -> Update:

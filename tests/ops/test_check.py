@@ -12,9 +12,12 @@ import loratools as lt
 from loratools.consumers.subject import read
 from loratools.core.adapter import Adapter, Meta
 from loratools.errors import ConversionError, FileError, LoratoolsError, NeedsBaseError, UsageError
+from loratools.io.base import Base
+from loratools.io.read import open_bundle
 from loratools.kinds.dense import Dense
 from loratools.kinds.dora import Dora
 from loratools.kinds.lowrank import LowRank
+from loratools.kinds.rebased import Rebased
 from loratools.kinds.replace import Replace
 from loratools.ops.check import check, items
 from loratools.ops.fix import fix
@@ -92,3 +95,21 @@ def test_modules_that_a_consumer_does_not_adapt_are_refused(tmp_path: Path) -> N
     assert "tgi/modules" in [row["id"] for row in check(source, "tgi").extra["findings"]]
     with pytest.raises(ConversionError, match="does not adapt"):
         fix(read(source), "tgi", tmp_path / "b")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_embedding_that_is_the_bases_own_does_not_keep_its_update_from_the_consumer(
+    own: bool, tmp_path: Path
+) -> None:
+    """PEFT saves an adapted head beside its factors: where nothing was changed in it, the factors are all there is."""
+    rng = np.random.default_rng(1)
+    head = rng.standard_normal((8, 6), np.float32)
+    pair = LowRank(rng.standard_normal((8, 2), np.float32), rng.standard_normal((2, 6), np.float32))
+    value = head if own else head + 1
+    source = lt.save(adapter(**{"lm_head.weight": Rebased(value, pair)}), tmp_path / "a", format="native")
+    base = Base.open({"lm_head.weight": head, f"{HEAD}.q_proj.weight": rng.standard_normal((8, 8), np.float32)})
+    done = fix(read(source, base=base), "llama.cpp", tmp_path / "b.gguf", model_type="llama", heads=2, kv_heads=2)
+    written = {key.rpartition(".")[0] for key in open_bundle(done.path).tensors}
+    assert ("output.weight" in written) == own
+    assert (done.aside is None) == own
+    assert any("base's own" in step for step in done.steps) == own
