@@ -54,6 +54,17 @@ def row_norms_many(
     return [row_norms(w, b, a, scale=s) for w, b, a, s in zip(ws, bs, as_, scales, strict=True)]
 
 
+@accelerable
+def compose(w: Array, b: Array, a: Array, gain: Array, *, scale: float = 1.0) -> Array:
+    """Return ``(g - 1) w + g scale b a``, what a DoRA adds: w (m, n), b (m, r), a (r, n), gain (m,) -> (m, n).
+
+    fp32 (fp64 if an input is). Nothing cancels where g is near 1, as ``g (w + scale b a) - w`` would.
+    """
+    dtype = working_dtype(w, b, a, gain)
+    g = up(gain, dtype)[:, None]
+    return (g - 1.0) * up(w, dtype) + g * (scale * up(b, dtype) @ up(a, dtype))
+
+
 def _sum(w: Leaf | Array, tall: Array, wide: Array, start: int, dtype: str) -> Array:
     stop = start + tall.shape[0]
     block = tall @ wide

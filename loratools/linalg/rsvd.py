@@ -6,15 +6,20 @@ test matrix is made of signs: exact in every dtype, the same in every library, a
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from loratools.dispatch import accelerable
 from loratools.errors import UsageError
 from loratools.leaf import Array
 from loratools.linalg.factored import SVD
 from loratools.linalg.namespace import down, dtype_name, namespace, up, working_dtype
 from loratools.linalg.orth import orthonormalise
 from loratools.linalg.seeds import Key, signs
+
+BLOCK = 1024
+"""Rows of a difference formed at a time."""
 
 
 class Operator(Protocol):
@@ -56,6 +61,32 @@ class Matrix:
     def rmatmul(self, y: Array) -> Array:
         """Return D^T y."""
         return namespace(y).matrix_transpose(self.like) @ y
+
+
+@dataclass(frozen=True)
+class Change:
+    """``like - base``, matrices (m, n) of any float dtype, as an :class:`Operator`; formed ``BLOCK`` rows at a time."""
+
+    like: Array
+    base: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(m, n)."""
+        return tuple(self.like.shape)
+
+    def matmul(self, x: Array) -> Array:
+        """Return D x."""
+        return namespace(x).concat([block @ x for _, block in self._blocks()])
+
+    def rmatmul(self, y: Array) -> Array:
+        """Return D^T y."""
+        return sum(block.mT @ y[i : i + BLOCK, :] for i, block in self._blocks())
+
+    def _blocks(self) -> Iterator[tuple[int, Array]]:
+        dtype = working_dtype(self.like, self.base)
+        for i in range(0, self.shape[0], BLOCK):
+            yield i, up(self.like[i : i + BLOCK, :], dtype) - up(self.base[i : i + BLOCK, :], dtype)
 
 
 def operator(op: Operator | Array) -> Operator:
@@ -108,3 +139,11 @@ def rsvd(op: Operator | Array, k: int, *, oversample: int = 10, power: int = 2, 
     tall = up(q, "float64") @ u[..., :k]
     wide = vh[..., :k, :] @ xp.matrix_transpose(right)
     return SVD(down(tall, dtype_name(q)), s[..., :k], down(wide, dtype_name(q)))
+
+
+@accelerable
+def rsvd_many(
+    ops: Sequence[Operator | Array], ks: Sequence[int], keys: Sequence[Key], *, oversample: int = 10, power: int = 2
+) -> list[SVD]:
+    """Return :func:`rsvd` of every operator with its own rank and key; the shapes may differ."""
+    return [rsvd(op, k, oversample=oversample, power=power, key=key) for op, k, key in zip(ops, ks, keys, strict=True)]
