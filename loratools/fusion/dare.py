@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 from loratools.core.update import Delta
 from loratools.fusion.base import Density, fusion
-from loratools.fusion.combine import zero_of
-from loratools.fusion.content import content_key
 from loratools.fusion.elements import dropped, weighted_sum
-from loratools.fusion.tiles import alive, reader, tiled
+from loratools.fusion.thinning import thinned
 
 
 @fusion(
@@ -25,12 +23,4 @@ def dare(deltas: Sequence[Delta], weights: Sequence[float], *, density: Density 
     The mask of an adapter depends on the seed and on its own content, not on its place among the inputs. It injects
     noise of relative size sqrt((1 - density) / density), most of which a low rank cannot hold.
     """
-    parts, w = alive(deltas, weights)
-    if not parts:
-        return zero_of(deltas)
-    keys = [content_key(d, seed) for d in parts]
-    return tiled(
-        parts,
-        [reader(d) for d in parts],
-        lambda xs, rows: weighted_sum([dropped(x, density, k, rows) for x, k in zip(xs, keys, strict=True)], w),
-    )
+    return thinned(deltas, weights, seed, lambda x, key, rows: dropped(x, density, key, rows), weighted_sum)

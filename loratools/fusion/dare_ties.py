@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 from loratools.core.update import Delta
 from loratools.fusion.base import Density, fusion
-from loratools.fusion.combine import zero_of
-from loratools.fusion.content import content_key
 from loratools.fusion.elements import Sign, dropped, elected
-from loratools.fusion.tiles import alive, reader, tiled
+from loratools.fusion.thinning import thinned
 
 
 @fusion(
@@ -27,12 +25,10 @@ def dare_ties(
     seed: int = 0,
 ) -> Delta:
     """Drop entries at random and rescale, elect a sign per entry, average those that agree with it."""
-    parts, w = alive(deltas, weights)
-    if not parts:
-        return zero_of(deltas)
-    keys = [content_key(d, seed) for d in parts]
-    return tiled(
-        parts,
-        [reader(d) for d in parts],
-        lambda xs, rows: elected([dropped(x, density, k, rows) for x, k in zip(xs, keys, strict=True)], w, sign),
+    return thinned(
+        deltas,
+        weights,
+        seed,
+        lambda x, key, rows: dropped(x, density, key, rows),
+        lambda tiles, w: elected(tiles, w, sign),
     )

@@ -8,10 +8,8 @@ from typing import Annotated
 from loratools.core.update import Array, Delta, namespace
 from loratools.errors import UsageError
 from loratools.fusion.base import Between, Density, fusion
-from loratools.fusion.combine import zero_of
-from loratools.fusion.content import content_key
 from loratools.fusion.elements import elected
-from loratools.fusion.tiles import alive, reader, tiled
+from loratools.fusion.thinning import thinned
 from loratools.linalg.namespace import up, working_dtype
 from loratools.linalg.seeds import Key, uniform
 
@@ -40,15 +38,7 @@ def della(
             "density and epsilon do not fit", expected="0 < density - epsilon and density + epsilon <= 1",
             got=f"{density:g} and {epsilon:g}",
         )  # fmt: skip
-    parts, w = alive(deltas, weights)
-    if not parts:
-        return zero_of(deltas)
-    keys = [content_key(d, seed) for d in parts]
-    return tiled(
-        parts,
-        [reader(d) for d in parts],
-        lambda xs, rows: elected([_pruned(x, density, epsilon, k, rows) for x, k in zip(xs, keys, strict=True)], w),
-    )
+    return thinned(deltas, weights, seed, lambda x, key, rows: _pruned(x, density, epsilon, key, rows), elected)
 
 
 def _pruned(x: Array, density: float, epsilon: float, key: Key, rows: range) -> Array:
