@@ -179,3 +179,8 @@ def test_bone_is_miss_under_its_older_name(oracle: Callable[..., Any]) -> None:
     plain = made.read_changes()
     rewritten(made.folder, keys=lambda key: key.replace("miss_block", "bone_block"), peft_type="BONE")
     same(made.read_changes(), plain)
+
+
+def test_every_type_of_peft_is_in_the_docs() -> None:
+    text = (Path(__file__).parents[3] / "docs/formats/peft.md").read_text()
+    assert [name for name in peft.PeftType.__members__ if f"`{name}`" not in text and name != "LORA"] == []
