@@ -169,6 +169,7 @@ def squeeze_report(tally: Tally, adapter: Adapter, words: str, said: tuple[str, 
         "bytes_after": sum(row["bytes_after"] for row in rows) + carried,
     }
     if tally.weighted:
+        rows = tuple({**row, "weighted_error": row.get("weighted_error")} for row in rows)
         total["weighted_error"] = _relative(*(sum(column) for column in zip(*tally.weighted.values(), strict=True)))
     return Report(
         "loratools.squeeze/1", rows, total, UNITS, (*_warnings(tally, adapter), *said), extra={"target": words}

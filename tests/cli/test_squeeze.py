@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import loratools as lt
 from loratools.errors import LoratoolsError
@@ -155,3 +157,50 @@ def test_readmes_survive_and_list_everything_done(run: Callable[..., Any], peft:
     assert b"mine" in text
     assert text.count(b"Changes made by loratools") == 1
     assert b"squeeze rank=2" in text
+
+
+def test_statistics_weigh_and_are_gated(run: Callable[..., Any], adapter: Callable[..., Path], tmp_path: Path) -> None:
+    folder, out = adapter(), tmp_path / "out"
+    save_file({"q.in_diag": np.array([9, 1, 1, 1, 1, 0.1], np.float32)}, tmp_path / "stats.safetensors")
+    done = run("squeeze", folder, "--rank", "2", "--stats", tmp_path / "stats.safetensors", "-o", out)
+    assert done.code == 0
+    assert "weighted" in done.out.splitlines()[0]
+    gate = ["--fail-on", "weighted_error>0.0001", "-o", tmp_path / "gated"]
+    assert run("squeeze", folder, "--rank", "2", "--stats", tmp_path / "stats.safetensors", *gate).code == 1
+    assert not (tmp_path / "gated").exists()
+    for stats, said in (
+        ("norm", "in the base"),
+        (tmp_path / "nowhere", "no such file"),
+        (folder / "adapter_model.safetensors", "are no statistics"),
+    ):
+        bad = run("squeeze", folder, "--rank", "2", "--stats", stats, "-o", tmp_path / "bad")
+        assert bad.code == 2, stats
+        assert said in bad.err, stats
+    save_file({"q.in_diag": np.array([9, -1, 1, 1, 1, 0.1], np.float32)}, tmp_path / "negative.safetensors")
+    bad = run("resize", folder, "--rank", "2", "--stats", tmp_path / "negative.safetensors", "-o", tmp_path / "bad")
+    assert (bad.code, "negative.safetensors" in bad.err, "q" in bad.err) == (2, True, True)
+    assert not (tmp_path / "bad").exists()
+
+
+def test_nested_keeps_every_rank_by_itself(
+    run: Callable[..., Any], adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = adapter()
+    done = run("squeeze", folder, "--nested", "--json")
+    assert done.code == 0
+    said = json.loads(done.out)
+    assert (said["target"], said["total"]["rank_after"]) == ("nested", 4)
+    assert said["output"]["path"] == str(folder.with_name("adapter-nested"))
+    sliced = run(
+        "slice",
+        folder.with_name("adapter-nested"),
+        "--rank",
+        "2",
+        "--scale-rule",
+        "keep",
+        "--json",
+        "-o",
+        tmp_path / "s",
+    )
+    row = json.loads(sliced.out)["modules"][0]
+    assert row["prefix_error"] == pytest.approx(row["optimal_error"], rel=1e-5)
