@@ -17,6 +17,8 @@ _EXPORTS = {
     "save": "loratools.files",
     "from_state_dict": "loratools.files",
     "squeeze": "loratools.ops.squeeze",
+    "switch": "loratools.ops.switch",
+    "Switchboard": "loratools.ops.switch",
     "quantize": "loratools.ops.quantise",
     "dequantize": "loratools.ops.quantise",
     "shira": "loratools.ops.sparsify",

@@ -227,6 +227,14 @@ def to_device(x: Leaf | Array, device: str) -> Array:
         raise UsageError("torch cannot use this device", got=device, hint="use cpu, or a torch built for it") from error
 
 
+def placed_like(x: Leaf | Array, like: Array) -> Array:
+    """Return ``x`` in the library and on the device of ``like``."""
+    x = x.read() if isinstance(x, Leaf) else x
+    if _torch(like) is None:
+        return to_numpy(x)
+    return (x if _torch(x) is not None else _to_torch(x)).to(like.device)
+
+
 def _to_torch(x: Array) -> Array:
     """Return a torch CPU tensor with the values and dtype of a NumPy array (copied, so read-only pages are safe)."""
     try:

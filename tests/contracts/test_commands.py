@@ -14,8 +14,8 @@ from loratools.cli import main as cli
 COMMANDS = cli.main.list_commands(None)  # type: ignore[arg-type]
 FIXTURES = sorted(p.parent for p in (Path(__file__).parents[2] / "fixtures").glob("*/*/adapter_model.safetensors"))
 BASE = Path(__file__).parents[2] / "fixtures" / "digits" / "base"
-FRONT = {"merge": [BASE], "unmerge": [BASE], "extract": [BASE]}  # what comes before the input
-SPECIAL = {"unmerge", "extract", "recover", "dequantize", "stats"}  # not every adapter is an input of theirs
+FRONT = {"merge": [BASE], "unmerge": [BASE], "extract": [BASE], "switch": [BASE, "--on"]}  # what comes before the input
+SPECIAL = {"unmerge", "extract", "recover", "switch", "dequantize", "stats"}  # not every adapter is an input of theirs
 TARGETS = {
     "check": ["--for", "peft"],
     "convert": ["--to", "native", "--dry-run"],
