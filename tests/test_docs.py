@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from loratools.cli.main import main
 from loratools.core.update import KINDS
 from loratools.formats.base import FORMATS
+from loratools.fusion.base import FUSIONS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -54,6 +55,11 @@ def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("name", list(FUSIONS))
+def test_every_fusion_method_is_explained(name: str) -> None:
+    assert f"`{name}`" in (ROOT / "docs" / "fuse.md").read_text()
 
 
 @pytest.mark.parametrize("name", list(KINDS))
