@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,6 +21,17 @@ COLUMNS: tuple[_show.Column, ...] = (
 )
 
 
+SPARSE: tuple[_show.Column, ...] = (
+    ("name", "parameter", str),
+    ("kind", "kind", str),
+    ("nnz", "entries", str),
+    ("density", "density", _show.percent),
+    ("energy", "energy", _show.percent),
+    ("relative_error", "rel. error", _show.small),
+    ("bytes_after", "bytes", _show.size),
+)
+
+
 @click.command("extract", short_help="A LoRA out of a full fine-tune.")
 @click.argument("base_path", metavar="BASE", type=click.Path(path_type=Path))
 @click.argument("tuned_path", metavar="TUNED", type=click.Path(path_type=Path))
@@ -30,7 +43,20 @@ COLUMNS: tuple[_show.Column, ...] = (
 @click.option(
     "--no-carry", is_flag=True, help="Only name changed biases, norms and embeddings instead of keeping them."
 )
-@click.option("--format", "format", metavar="NAME", default="peft", show_default=True, help="Format to write.")
+@click.option("--sparse", is_flag=True, help="A sparse adapter (SHiRA) instead: the entries that moved most.")
+@click.option("--density", type=float, help="With --sparse: share of the entries to keep, e.g. 0.01.")
+@click.option(
+    "--plus-lowrank", type=int, metavar="N", help="With --sparse: best part of rank N, plus entries of the rest."
+)
+@click.option("--mask", metavar="NAME", help="With --sparse: magnitude (default), weight, snip, random or struct.")
+@click.option("--scope", metavar="NAME", help="With --sparse: count per module (default), or global.")
+@click.option("--keep-base", is_flag=True, help="With --sparse: store BASE's values at the entries, for undoing.")
+@click.option(
+    "--format",
+    "format",
+    metavar="NAME",
+    help="Format to write (default: peft; native for --plus-lowrank, --scope global and --keep-base).",
+)
 @_options.writing
 @_options.running
 @_options.reporting
@@ -44,7 +70,13 @@ def command(
     max_rank: int | None,
     exact: bool,
     no_carry: bool,
-    format: str,
+    sparse: bool,
+    density: float | None,
+    plus_lowrank: int | None,
+    mask: str | None,
+    scope: str | None,
+    keep_base: bool,
+    format: str | None,
     output: Path | None,
     overwrite: bool,
     dtype: str | None,
@@ -58,8 +90,9 @@ def command(
 ) -> int:
     """Write the adapter that leads from BASE to TUNED: the best low-rank update of every changed matrix.
 
-    Exactly one of --rank, --energy, --error. Both checkpoints are streamed, matrix by matrix. Biases, norms, embeddings
-    and new heads that changed are kept whole. The report gives energy, error and the floor that TUNED's own rounding
+    Exactly one of --rank, --energy, --error, or --sparse with --density: then the entries of every matrix that moved
+    most. Both checkpoints are streamed, matrix by matrix. Biases, norms, embeddings and new heads that changed are kept
+    whole. The report gives energy, error and the floor that TUNED's own rounding
     sets, per module.
     """
     from loratools import gates
@@ -69,6 +102,14 @@ def command(
     from loratools.ops.ranks import Target
 
     gate = gates.parse(fail_on)
+    words = {"density": density, "plus_lowrank": plus_lowrank, "mask": mask, "scope": scope}
+    if sparse:
+        dense = {"rank": rank, "energy": energy, "error": error, "max_rank": max_rank, "exact": exact or None}
+        _only_sparse(dense)
+        return _sparse(base_path, tuned_path, words, keep_base, format, not no_carry, output, overwrite, dtype, dry_run,
+                       gate, seed, device, threads, as_json, quiet)  # fmt: skip
+    _only_dense({**words, "keep_base": keep_base or None})
+    format = format or "peft"
     suffix = Target.of(rank=rank, energy=energy, error=error, max_rank=max_rank).suffix
     _model.cpu_only(device, "extract")
     base, tuned = _model.open_model(base_path), _model.open_model(tuned_path)
@@ -91,4 +132,52 @@ def command(
     to = _session.Target(target, overwrite, dry_run, as_json, quiet)
     assert done.report is not None
     return _session.deliver(done, [], to, gate, columns=COLUMNS, worst="relative_error", base=base, format=format,
+                            models=[_model.model_input(base), _model.model_input(tuned)])  # fmt: skip
+
+
+def _only_sparse(given: Mapping[str, Any]) -> None:
+    from loratools.errors import UsageError
+
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise UsageError("--sparse counts entries, not ranks", expected="--density D", got=f"--{names[0]}")
+
+
+def _only_dense(given: Mapping[str, Any]) -> None:
+    from loratools.errors import UsageError
+
+    names = [name.replace("_", "-") for name, value in given.items() if value is not None]
+    if names:
+        raise UsageError(f"--{names[0]} belongs to --sparse", hint="add --sparse")
+
+
+def _sparse(
+    base_path: Path, tuned_path: Path, words: Mapping[str, Any], keep_base: bool, format: str | None, carry: bool,
+    output: Path | None, overwrite: bool, dtype: str | None, dry_run: bool, gate: Any, seed: int, device: str,
+    threads: int | None, as_json: bool, quiet: bool,
+) -> int:  # fmt: skip
+    from loratools.cli import _model, _session
+    from loratools.errors import UsageError
+    from loratools.io.output import check_output
+    from loratools.ops.extract_sparse import extract_sparse
+    from loratools.ops.sparsify import Sparsity
+
+    if words["density"] is None:
+        raise UsageError("--sparse needs --density", expected="a share of the entries, e.g. 0.01")
+    mask, scope = words["mask"] or "magnitude", words["scope"] or "module"
+    to = format or ("native" if scope == "global" or words["plus_lowrank"] is not None or keep_base else "peft")
+    Sparsity(words["density"], mask, scope, words["plus_lowrank"], to)
+    _model.cpu_only(device, "extract")
+    base, tuned = _model.open_model(base_path), _model.open_model(tuned_path)
+    plain = _model.default_output(tuned_path, f"shira{words['density']:g}").with_suffix("")
+    target = output or (plain if to == "peft" else plain.with_name(f"{plain.name}.safetensors"))
+    if not dry_run:
+        check_output(target, [base_path, tuned_path], overwrite)
+    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=_model.nbytes(tuned)):
+        done = extract_sparse(
+            base, tuned, density=words["density"], plus_lowrank=words["plus_lowrank"], mask=mask, scope=scope,
+            keep_base=keep_base, carry=carry, to=to, dtype=dtype, seed=seed,
+        )  # fmt: skip
+    shown = _session.Target(target, overwrite, dry_run, as_json, quiet)
+    return _session.deliver(done, [], shown, gate, columns=SPARSE, worst="relative_error", base=base, format=to,
                             models=[_model.model_input(base), _model.model_input(tuned)])  # fmt: skip

@@ -31,6 +31,7 @@ _EXPORTS = {
     "merged": "loratools.ops.merge",
     "unmerge": "loratools.ops.unmerge",
     "extract": "loratools.ops.extract",
+    "extract_sparse": "loratools.ops.extract_sparse",
     "recover": "loratools.ops.altered",
     "to_dora": "loratools.ops.types.dora",
     "to_lora": "loratools.ops.types.lora",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any
 
 from loratools.core.adapter import Adapter
 from loratools.core.generic import need_delta
@@ -14,7 +13,7 @@ from loratools.errors import ConversionError, LoratoolsError, UsageError
 from loratools.files import BaseLike, open_base
 from loratools.formats.base import FORMATS
 from loratools.io.base import Base
-from loratools.kinds.lowrank import LowRank, canonical, concatenate, low_rank
+from loratools.kinds.lowrank import LowRank, canonical, low_rank
 from loratools.kinds.sparse import Sparse, of_entries
 from loratools.kinds.sum import Sum
 from loratools.linalg import factored
@@ -22,7 +21,9 @@ from loratools.linalg.namespace import dtype_name, up
 from loratools.ops import masks, touched
 from loratools.ops.gather import Kept, Source, gather_all, gather_each
 from loratools.ops.sparse_report import Figures, sparse_report
+from loratools.ops.sums import minus
 from loratools.outputs import file_bytes
+from loratools.report import Report
 
 SCOPES = ("module", "global")
 HALVES = ("float16", "bfloat16")
@@ -111,7 +112,7 @@ def shira(
     made = Adapter(updates, replace(meta, absorbed={}))
     told = adapter.meta.remarks
     report = sparse_report("shira", figures, how.words, before=adapter, after=made, told=told, asked=density)
-    return replace(made.with_history(f"shira {how.words}"), report=_with_sizes(report, made))
+    return replace(made.with_history(f"shira {how.words}"), report=with_sizes(report, made))
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _parts(adapter: Adapter, base: Base | None, how: Sparsity, dtype: str | None
 def part_of(whole: Delta, rank: int | None, dtype: str) -> Part:
     """Return an update with its best part of low rank, as it will be stored, taken off."""
     low = None if rank is None else _low(whole, rank, dtype)
-    return Part(whole, low, whole if low is None else _minus(whole, low), dtype)
+    return Part(whole, low, whole if low is None else minus(whole, low), dtype)
 
 
 def _is_coat(u: Update) -> bool:
@@ -171,12 +172,6 @@ def _low(whole: Delta, rank: int, dtype: str) -> LowRank:
     left, s, right = generic.svd(whole, min(rank, *whole.matrix_shape))
     root = s**0.5
     return LowRank(down(left * root, dtype), down(root[:, None] * right, dtype), 1.0, whole.shape)
-
-
-def _minus(whole: Delta, low: LowRank) -> Delta:
-    flat = low_rank(whole)
-    negative = LowRank(low.b, low.a, -low.scale, low.shape)
-    return Sum((whole, negative)) if flat is None else concatenate((flat, negative))
 
 
 def _weights(base: Base | None, parts: Mapping[str, Part]) -> dict[str, Leaf]:
@@ -251,7 +246,7 @@ def counts_for(shapes: Mapping[str, tuple[int, ...]], how: Sparsity) -> dict[str
     return {name: r * sum(s) for name, s in shapes.items()}
 
 
-def _with_sizes(report: Any, made: Adapter) -> Any:
+def with_sizes(report: Report, made: Adapter) -> Report:
     """Add what the weights file would take in each layout; null where the layout cannot hold it."""
     sizes = {f"bytes_{name}": _file_size(made, name) for name in ("native", "peft")}
     return report.with_(total={**report.total, **sizes})

@@ -96,13 +96,12 @@ class Shira:
                 path = _path(adapter, name)
                 tensors |= _tensors(path, update)
                 shapes[path] = list(update.shape)
-            elif isinstance(update, Replace) and not name.endswith(".bias"):
+            elif isinstance(update, Replace) and not _is_adapted_bias(adapter, name):
                 layout = adapter.meta.layout.get(name, {}) if adapter.meta.source == "peft" else {}
                 tensors[layout.get("key") or PREFIX + name] = update.value
             else:
-                raise ConversionError(
-                    f"a {update.kind} update has no place in a PEFT SHiRA file", parameter=name, hint=_NATIVE
-                )
+                what = "bias of an adapted module" if isinstance(update, Replace) else f"{update.kind} update"
+                raise ConversionError(f"a {what} has no place in a PEFT SHiRA file", parameter=name, hint=_NATIVE)
         meta = adapter.meta
         return Bundle(
             tensors={**tensors, **meta.leftover},
@@ -138,6 +137,11 @@ def legal_rank(adapter: Adapter) -> int:
         got = ", ".join(f"r = {r} in {name}" for r, name in list(ranks.items())[:3]) or "no sparse update"
         raise ConversionError("PEFT's SHiRA has one r for all modules", got=got, hint=_NATIVE)
     return next(iter(ranks))
+
+
+def _is_adapted_bias(adapter: Adapter, name: str) -> bool:
+    module = name.removesuffix(".bias")
+    return module != name and isinstance(adapter.get(f"{module}.weight"), Sparse)
 
 
 @dataclass
