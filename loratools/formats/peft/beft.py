@@ -16,6 +16,7 @@ class Beft(Tuner):
 
     type = "BEFT"
     leaves = (LEAF,)
+    verbatim = True
 
     def size(self, m: Module) -> Size:
         """Return out."""

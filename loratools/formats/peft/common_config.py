@@ -17,11 +17,16 @@ def is_lora(config: Mapping[str, Any]) -> bool:
     return str(config.get("peft_type") or "LORA").upper() == "LORA"
 
 
+def common(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the config says in words that every type shares."""
+    return {field: config[field] for field in _COMMON if field in config}
+
+
 def as_lora(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a LORA config without rank and scale: the config itself, or what another type's has in common with it."""
     if is_lora(config):
         return dict(config)
-    kept = {field: config[field] for field in _COMMON if field in config}
+    kept = common(config)
     if str(kept.get("bias", "none")).endswith("_only"):
         kept["bias"] = "lora_only"
     return {**kept, "peft_type": "LORA"}

@@ -9,7 +9,9 @@ from loratools.errors import FormatError, UnsupportedError
 from loratools.formats.base import FORMATS, Format
 from loratools.formats.pairs import on_output_axis
 from loratools.formats.peft.keys import PREFIX, parse
+from loratools.formats.peft.official import official
 from loratools.formats.peft.types import PEFT_TYPES
+from loratools.formats.peft.verbatim import is_typed, is_verbatim, stays, write
 from loratools.io.base import Base
 from loratools.io.bundle import Bundle
 from loratools.kinds.dense import Dense
@@ -32,6 +34,8 @@ class Peft(Format):
 
     def holds(self, adapter: Adapter, name: str) -> bool:
         """Magnitudes over the output axis; differences of biases that PEFT itself wrote."""
+        if is_typed(adapter):
+            return stays(adapter, name) or isinstance(adapter[name], Replace)
         whole = isinstance(adapter[name], Dense) and adapter.meta.layout.get(name, {}).get("stored") != "lora_bias"
         return super().holds(adapter, name) and on_output_axis(adapter, name) and not whole
 
@@ -41,6 +45,8 @@ class Peft(Format):
             return "torchtune's keys beside PEFT's sidecar"
         if bundle.config is not None and "peft_type" in bundle.config:
             return None
+        if any(".hypernet." in key for key in bundle.tensors):
+            return "a network that generates factors (HypeLoRA)"
         if any(key.startswith(PREFIX) or parse(key).leaf in _FACTORS for key in bundle.tensors):
             return None if not _looks_foreign(bundle) else "keys of another program"
         return "no peft_type in a sidecar and no lora_A.weight or base_model.model. among the keys"
@@ -49,10 +55,15 @@ class Peft(Format):
         """Hand over to the reader of the bundle's ``peft_type``."""
         if bundle.config is None:
             raise _without_config(bundle)
-        return PEFT_TYPES[self._type(bundle)].decode(bundle, base=base or None, allow_unknown=allow_unknown)
+        said = self._type(bundle)
+        reader = official(said, bundle.tensors) or PEFT_TYPES[said]
+        return reader.decode(bundle, base=base or None, allow_unknown=allow_unknown)
 
     def encode(self, adapter: Adapter, *, base: Base | None = None, component: str = "", **options: Any) -> Bundle:
         """Write as LORA, the one type that every reader of PEFT files knows; sparse updates as SHIRA.
+
+        Other types are written where their tensors are at hand: read so and unchanged, or projected onto
+        (``convert --type``).
 
         ``component`` picks one model of an adapter that acts on several (``unet``, ``text_encoder``).
         """
@@ -60,6 +71,8 @@ class Peft(Format):
             from loratools.formats.spaces import ready
 
             adapter = ready(adapter, "hf", format=self.name, component=component)
+        if is_verbatim(adapter):
+            return write(adapter, **options)
         said = "SHIRA" if any(isinstance(u, Sparse) for u in adapter.values()) else "LORA"
         return PEFT_TYPES[said].encode(adapter, base=base, **options)
 

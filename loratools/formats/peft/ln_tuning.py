@@ -17,6 +17,7 @@ class LnTuning(Tuner):
     type = "LN_TUNING"
     leaves = (WEIGHT, BIAS)
     as_stored = True
+    verbatim = True
 
     def size(self, m: Module) -> Size:
         """Return the shape of the weight."""

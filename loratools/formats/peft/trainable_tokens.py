@@ -21,6 +21,7 @@ class TrainableTokens(Tuner):
     type = "TRAINABLE_TOKENS"
     leaves = (LEAF,)
     as_stored = True
+    verbatim = True
 
     def size(self, m: Module) -> Size:
         """Return (unknown, dim)."""

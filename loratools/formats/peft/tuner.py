@@ -185,8 +185,8 @@ class Tuner(ABC):
     """Reader of one type; ``leaves`` are those under a module, ``shared`` those under ``base_model.``.
 
     Segments of a leaf may hold ``*`` (see :mod:`loratools.formats.peft.tuner_keys`). ``as_stored``: the tensors have
-    the orientation of the stored parameter, whichever that is. ``verbatim``: no LORA says it; unchanged, it is written as
-    it was read.
+    the orientation of the stored parameter, whichever that is. ``verbatim``: no LORA says it; unchanged, it is
+    written as it was read.
     """
 
     type: ClassVar[str] = ""

@@ -20,6 +20,7 @@ from loratools.kinds.replace_rows import ReplaceRows
 from loratools.kinds.stack import Stack
 from loratools.leaf import Array, Leaf
 from loratools.ops.base_names import base_names
+from loratools.ops.placing import beside
 from loratools.report import Report, Row
 
 Which = Callable[[Update], bool]
@@ -57,7 +58,7 @@ def walk(
     for name, u in parts.items():
         w = u.value if isinstance(u, Rebased) else opened.leaf(names[name]) if opened and name in names else None
         try:
-            new, row = one(name, _inner(u), w)
+            new, row = one(name, _inner(u), None if w is None else beside(w, u))
         except LoratoolsError as error:
             raise error.at(file=adapter.meta.path, parameter=name) from error
         updates[name] = replace(u, update=new) if isinstance(u, Rebased) else new
@@ -89,7 +90,7 @@ def finished(done: Adapter, source: Adapter, rows: Sequence[Row], name: str) -> 
     total = {
         "modules": len(rows),
         "inexact": len(sure),
-        "rank_after": max((row["rank_after"] for row in rows), default=None),
+        "rank_after": max((row["rank_after"] for row in rows if row["rank_after"] is not None), default=None),
         "relative_error": sqrt(lost / square) if square else 0.0,
         "worst": max((row["relative_error"] for row in rows), default=0.0),
     }

