@@ -21,14 +21,25 @@ COLUMNS: tuple[_show.Column, ...] = (
 )
 
 
+KERNEL_COLUMNS: tuple[_show.Column, ...] = (
+    ("name", "function", str),
+    ("runs", "runs", str),
+    ("kernel", "kernel", lambda name: name.removeprefix("loratools.kernels.")),
+    ("takes", "takes", str),
+    ("why", "why", str),
+)
+
+
 @click.command("info", short_help="What a file is, and what is odd about it.")
-@_options.IN
+@click.argument("path", metavar="IN", type=click.Path(path_type=Path), required=False)
+@click.option("--kernels", is_flag=True, help="List the GPU kernels that would run here, and why; IN is left out.")
 @_options.reading
 @_options.running
 @_options.reporting
 def command(
     *,
-    path: Path,
+    path: Path | None,
+    kernels: bool,
     format: str | None,
     base: str | None,
     allow_unknown: bool,
@@ -42,6 +53,10 @@ def command(
 
     Unknown tensors are listed here rather than refused.
     """
+    if (path is None) != kernels:
+        raise click.UsageError("give either IN or --kernels")
+    if path is None:
+        return _kernels(as_json=as_json, quiet=quiet)
     from loratools.cli import _session
     from loratools.ops.info import info
 
@@ -52,6 +67,16 @@ def command(
     if not (as_json or quiet):
         _show.summary(_facts(report.total))
     _show.show(report, as_json=as_json, quiet=quiet, columns=COLUMNS, worst="bytes")
+    return 0
+
+
+def _kernels(*, as_json: bool, quiet: bool) -> int:
+    from loratools.ops.kernels import kernels
+
+    report = kernels()
+    if not (as_json or quiet):
+        _show.summary({"mode": report.total["mode"], "device": report.total["device"] or "no GPU"})
+    _show.show(report, as_json=as_json, quiet=quiet, columns=KERNEL_COLUMNS)
     return 0
 
 

@@ -14,6 +14,7 @@ iterations are damped like any other part of the block outside the leading direc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import unwrap
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,6 +28,8 @@ from loratools.kernels.target import Tensor, usable
 from loratools.linalg.factored import SVD
 from loratools.linalg.rsvd import Change, Matrix, Operator, rsvd, rsvd_many
 from loratools.linalg.seeds import Key
+
+TEXTBOOK = unwrap(rsvd)
 
 FIRST_ROUND = 1e-2
 """How far from orthonormal, times the columns, the first round of CholeskyQR may leave a block: see linalg.orth."""
@@ -96,6 +99,17 @@ def accepts(
     )
 
 
+def accepts_one(op: Any, k: int, *, oversample: int = 10, power: int = 2, key: Key) -> bool:
+    """True for a matrix, difference or operator of fp32, bf16 or fp16 on a GPU, sketch up to 128 columns."""
+    return accepts([op], [k], [key], oversample=oversample, power=power)
+
+
+@fuses(rsvd, when=accepts_one)
+def fused_rsvd_one(op: Any, k: int, *, oversample: int = 10, power: int = 2, key: Key) -> SVD:
+    """Return :func:`fused_rsvd` of one operator."""
+    return fused_rsvd([op], [k], [key], oversample=oversample, power=power)[0]
+
+
 @fuses(rsvd_many, when=accepts)
 def fused_rsvd(
     ops: Sequence[Any], ks: Sequence[int], keys: Sequence[Key], *, oversample: int = 10, power: int = 2
@@ -116,7 +130,7 @@ def fused_rsvd(
             done[i] = (
                 SVD(found.u[at], found.s[at], found.vh[at])
                 if fine[at]
-                else rsvd(ops[i], k, oversample=oversample, power=power, key=keys[i])
+                else TEXTBOOK(ops[i], k, oversample=oversample, power=power, key=keys[i])
             )
     return [done[i] for i in range(len(ops))]
 

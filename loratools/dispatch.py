@@ -69,6 +69,25 @@ def table() -> dict[str, tuple[str, ...]]:
     return {name: tuple(kernel for kernel, _, _ in found) for name, found in sorted(_kernels.items())}
 
 
+def conditions() -> dict[str, str]:
+    """Return kernel -> what it takes, in the words of its predicate."""
+    _load()
+    every = [kernel for found in _kernels.values() for kernel in found]
+    said = {name: (when.__doc__ or "").strip().splitlines()[0] for name, when, _ in every}
+    return {name: line.removeprefix("True for ").rstrip(".") for name, line in said.items()}
+
+
+def accelerator() -> str | None:
+    """Return the name of the GPU that torch would use, ``interpreter`` where Triton interprets, None without either."""
+    if missing():
+        return None
+    import torch
+
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return "interpreter" if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on") else None
+
+
 @functools.cache
 def missing() -> tuple[str, ...]:
     """Return those of the packages that kernels are written with which are not installed."""

@@ -93,8 +93,9 @@ class Adapter(Mapping[str, Update]):
     ) -> Adapter:
         """Apply ``f`` to batches of updates with equal ``key`` of at most ``limit_bytes``; the only place of batching.
 
-        By default updates on an accelerator are batched by kind, shape and dtype in chunks of 1 GiB, and updates on the
-        CPU go one by one through a thread pool. The result keeps the order of the adapter.
+        By default updates on an accelerator are batched by kind and dtypes in chunks of 1 GiB (kernels take different
+        shapes in one launch), and updates on the CPU go one by one through a thread pool. The result keeps the order of
+        the adapter.
         """
         on_cpu = all(device_of(t) == "cpu" for u in self.values() for _, t in tensors(u) if not isinstance(t, Leaf))
         limit = limit_bytes or (CPU_BATCH_BYTES if on_cpu else 1 << 30)
@@ -120,7 +121,7 @@ class Adapter(Mapping[str, Update]):
 
 
 def _same_form(u: Update) -> Hashable:
-    return type(u), u.shape, tuple((tuple(t.shape), dtype_name(t)) for _, t in tensors(u))
+    return type(u), tuple(dtype_name(t) for _, t in tensors(u))
 
 
 def _batches(updates: Mapping[str, Update], key: Callable[[Update], Hashable], limit: int) -> list[list[str]]:

@@ -9,6 +9,7 @@ from loratools.core.generic import need_delta, transposed
 from loratools.core.pool import parallel_map
 from loratools.core.rows import Rows, row_ranges, rowwise, slice_rows
 from loratools.core.update import Array, Delta, Leaf, Update, kind, namespace, shape_of, tensor_bytes, working_dtype
+from loratools.dispatch import considered
 from loratools.errors import FormatError, MismatchError, NumericsError
 from loratools.kinds.lowrank import LowRank, low_rank, with_low_rank
 from loratools.linalg import row_norms, seeds
@@ -46,6 +47,8 @@ class Dora(Update):
     def apply(self, w: Array | None) -> Array:
         """Return the renormalised sum, rounded once to the dtype of ``w``."""
         base = self._checked(w)
+        if considered(w):
+            return down(base + self.change(w)[0], dtype_name(w))
         gain, d = self.split(base)
         return down(along(gain, self.axis, len(self.shape)) * (base + d), dtype_name(w))
 
@@ -53,6 +56,16 @@ class Dora(Update):
         """Return (g - 1) W + g D with g = magnitude / ||W + D||, as an operator that forms nothing of W's size."""
         base = self._checked(w)
         return DoraDelta(base, self.direction, self.gain(base), self.axis)
+
+    def change(self, w: Array) -> tuple[Array, Array]:
+        """Return W' - W = (g - 1) W + g D and the gain g; on a GPU nothing but the result has the size of W."""
+        flat = _rows_of_product(self.direction, self.axis) if considered(w) else None
+        if flat is not None:
+            gain = self.gain(w)
+            return row_norms.compose(w, flat.b, flat.a, gain, scale=flat.scale), gain
+        gain, d = self.split(up(w, working_dtype(w, self.magnitude)))
+        wide = along(gain, self.axis, len(self.shape))
+        return (wide - 1.0) * w + wide * d, gain
 
     def split(self, w: Array) -> tuple[Array, Array]:
         """Return the gain and D formed, W being in fp32 or fp64: W' = g (W + D)."""
@@ -154,18 +167,24 @@ def sum_norms(w: Leaf | Array, direction: Delta, axis: int = 0) -> Array:
     A low-rank direction along axis 0 goes by blocks of rows in all threads, in O(m n r) and a few MB, also where W is
     still on the disk; anything else forms the sum.
     """
-    flat = low_rank(direction) if axis == 0 and len(direction.shape) == 2 else None
+    flat = _rows_of_product(direction, axis)
     if flat is None:
         return axis_norms(up(w, working_dtype(w)) + direction.dense(), axis)
+    if considered(flat.b) or device_of(w) != "cpu":
+        there = w.read() if isinstance(w, Leaf) else w
+        return row_norms.row_norms_many([there], [flat.b], [flat.a], [flat.scale])[0]
     b, a = flat.factors(working_dtype(w, flat.b, flat.a))
-    if device_of(w) != "cpu":
-        return row_norms.row_norms_many([w], [b], [a], [flat.scale])[0]
     found = parallel_map(
         lambda rows: row_norms.row_norms(slice_rows(w, *rows), b[rows[0] : rows[1], :], a, scale=flat.scale),
         ranges := row_ranges(w, RANGE_BYTES),
         weights=[tensor_bytes(w) // len(ranges)] * len(ranges),
     )
     return namespace(b).concat(found)
+
+
+def _rows_of_product(direction: Delta, axis: int) -> LowRank | None:
+    """Return the factors of a matrix whose rows a magnitude scales; None for other axes, shapes and kinds."""
+    return low_rank(direction) if axis == 0 and len(direction.shape) == 2 else None
 
 
 def along(vector: Array, axis: int, ndim: int) -> Array:

@@ -122,6 +122,7 @@ def range_finder(op: Operator | Array, k: int, *, oversample: int = 10, power: i
     return q
 
 
+@accelerable
 def rsvd(op: Operator | Array, k: int, *, oversample: int = 10, power: int = 2, key: Key) -> SVD:
     """Return the k leading singular triples: op (..., m, n) -> u (..., m, k), s (..., k) descending, vh (..., k, n).
 

@@ -10,7 +10,7 @@ from loratools.core.update import Array, Update
 from loratools.kinds.dora import Dora, along
 from loratools.kinds.rebased import Rebased
 from loratools.kinds.replace_rows import ReplaceRows
-from loratools.linalg.namespace import namespace, up, working_dtype
+from loratools.linalg.namespace import namespace, up
 
 Weighted = tuple[float, Update]
 
@@ -47,9 +47,7 @@ def fold(w: Array, terms: Sequence[Weighted]) -> Folded:
 def increment(w: Array, u: Update) -> tuple[Array, Array | None]:
     """Return u.apply(W) - W without cancellation, and the gain of the rows of a Dora."""
     if isinstance(u, Dora):
-        gain, d = u.split(up(w, working_dtype(w, u.magnitude)))
-        wide = along(gain, u.axis, len(u.shape))
-        return (wide - 1.0) * w + wide * d, gain
+        return u.change(w)
     return u.delta(w).dense(), None
 
 

@@ -18,6 +18,7 @@ from loratools.linalg.rounding import rounded
 from loratools.linalg.seeds import Key, key_of
 from loratools.ops import fp8
 from loratools.ops.fold import Folded, Weighted, agreement, fold, square
+from loratools.ops.placing import beside
 from loratools.ops.rewrite import Block, Change, Figures
 from loratools.ops.settle import Pass, can_settle, once, settle
 from loratools.ops.targets import Target, Targets
@@ -114,13 +115,19 @@ def _merged(
     if value is None and not terms:  # the untied copy of a shared tensor
         assert source is not None
         return source.read(), Figures()
-    base = None if source is None else up(source, working_dtype(source))
+    base = None if source is None else up(_beside(source, value, terms), working_dtype(source))
     exact = _exact(base, value, terms, on_value=target.on_value)
     stored = rounded(exact.value, target.dtype, mode=how.mode, key=place[0], row=place[1])
     if not all_finite(stored):
         raise _not_finite(exact.value, base, target.dtype)
     ground = up(value.value, working_dtype(value.value)) if value is not None and target.on_value else base
     return stored, _figures(base, ground, exact, stored, how, lone=len(terms) == 1 and value is None)
+
+
+def _beside(source: Leaf, value: Replace | None, terms: Sequence[Weighted]) -> Leaf | Array:
+    """Return the block of the base where the updates are: on their GPU, or as it is."""
+    updates = [u for _, u in terms] if value is None else [value]
+    return beside(source, updates[0])
 
 
 def _exact(base: Array | None, value: Replace | None, terms: Sequence[Weighted], *, on_value: bool) -> Folded:

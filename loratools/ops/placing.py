@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from loratools.core.update import Array, Update, shape_of, tensors
 from loratools.leaf import Leaf
-from loratools.linalg.namespace import device_of, is_float, namespace, to_numpy, up
+from loratools.linalg.namespace import device_of, is_float, namespace, to_device, to_numpy, up
 from loratools.ops.parts import Part
 
 
@@ -31,6 +31,12 @@ def base_matrix(part: Part, leaf: Leaf) -> Placed | None:
     w = to_numpy(wide) if like is None else placed(wide, like)
     matrix = w.reshape(w.shape[0], -1)
     return Placed(stored, w, matrix.mT if part.turned else matrix)
+
+
+def beside(x: Leaf | Array, update: Update) -> Leaf | Array:
+    """Return a base parameter where the update is: on its device where that is a GPU, else as it is."""
+    like = _in_memory(update)
+    return x if like is None or device_of(like) == "cpu" else to_device(x, device_of(like))
 
 
 def placed(x: Array, like: Array) -> Array:

@@ -46,7 +46,7 @@ def test_the_first_error_wins_whatever_the_threads(count: int) -> None:
 
 
 def test_groups_have_one_form_and_a_limit() -> None:
-    wide = LowRank(np.ones((5, 2)), np.ones((2, 7)))
+    wide = LowRank(np.ones((5, 2), np.float16), np.ones((2, 7), np.float16))
     adapter = Adapter({"a": LowRank.example(0), "b": wide, "c": LowRank.example(1), "d": LowRank.example(2)})
     seen: list[tuple[str, ...]] = []
 

@@ -1,0 +1,130 @@
+"""What users call takes the kernels by itself where tensors are on a GPU: the same results as without them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import loratools as lt
+from loratools import dispatch
+from loratools.core.adapter import Adapter
+from loratools.kernels import row_norms_many
+from loratools.kinds.dora import Dora
+from loratools.kinds.lowrank import LowRank
+from loratools.ops.fold import fold
+from loratools.ops.types.dora import to_dora
+from loratools.ops.types.lora import to_lora
+
+BF16, FP32 = torch.bfloat16, torch.float32
+NAMES = ("layers.0.q_proj.weight", "layers.1.q_proj.weight")
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tensors of torch count as being on a GPU (under the interpreter they are not); lists the kernels that ran."""
+    ran: list[str] = []
+    run = dispatch._run
+
+    def noted(kernel: str, *args: Any) -> Any:
+        ran.append(kernel.rpartition(".")[2])
+        return run(kernel, *args)
+
+    def has_tensor(args: Any) -> bool:
+        return any(isinstance(x, sys.modules["torch"].Tensor) for x in map(dispatch._first, args))
+
+    monkeypatch.setattr(dispatch, "_run", noted)
+    monkeypatch.setattr(dispatch, "_has_accelerator", has_tensor)
+    return ran
+
+
+@pytest.fixture
+def off(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that calls another one with kernels off."""
+
+    def call(f: Any, *args: Any, **kwargs: Any) -> Any:
+        with monkeypatch.context() as within:
+            within.setenv("LORATOOLS_KERNELS", "off")
+            return f(*args, **kwargs)
+
+    return call
+
+
+@pytest.fixture
+def model(random) -> tuple[Adapter, dict[str, Any]]:
+    """Two adapted matrices of different shapes and their base, on the device."""
+    shapes = {NAMES[0]: (24, 20), NAMES[1]: (12, 30)}
+    updates = {
+        name: LowRank(random(m, 4, BF16, 1, 0.3).contiguous(), random(4, n, BF16, 2, 0.3).contiguous(), 0.5)
+        for name, (m, n) in shapes.items()
+    }
+    return Adapter(updates), {name: random(m, n, FP32, 3).contiguous() for name, (m, n) in shapes.items()}
+
+
+def dora(random, u: LowRank) -> Dora:
+    return Dora(u, random(u.shape[0], 1, FP32, 4)[:, 0].abs() * 0.1 + 4)
+
+
+def test_dora_apply_change_and_gain(random, model, seen, off):
+    adapter, base = model
+    w, coat = base[NAMES[0]], dora(random, adapter[NAMES[0]])
+    assert torch.allclose(coat.gain(w), off(coat.gain, w), rtol=2e-6)
+    assert torch.allclose(coat.apply(w), off(coat.apply, w), rtol=1e-5, atol=1e-6)
+    change, gain = coat.change(w)
+    true, true_gain = off(coat.change, w)
+    assert torch.allclose(change, true, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(gain, true_gain, rtol=2e-6)
+    assert set(seen) == {"fused_row_norms", "fused_compose"}
+
+
+def test_merging_folds_through_the_kernels(random, model, seen, off):
+    adapter, base = model
+    w, coat = base[NAMES[0]], dora(random, adapter[NAMES[0]])
+    terms = [(0.5, coat), (1.0, adapter[NAMES[0]])]
+    assert torch.allclose(fold(w, terms).value, off(fold, w, terms).value, rtol=1e-5, atol=1e-5)
+    assert set(seen) == {"fused_row_norms", "fused_compose"}
+
+
+def test_lora_to_dora_and_back(model, seen, off):
+    adapter, base = model
+    made, true = to_dora(adapter, base), off(to_dora, adapter, base)
+    for name in NAMES:
+        assert torch.allclose(torch.as_tensor(made[name].magnitude), torch.as_tensor(true[name].magnitude), rtol=2e-6)
+    assert "fused_row_norms" in seen
+    one = Adapter({NAMES[1]: made[NAMES[1]]})
+    back, again = to_lora(one, base, rank=2), off(to_lora, one, base, rank=2)
+    assert {"fused_rsvd_one", "fused_rsvd"} & set(seen)
+    assert abs(back.report.total["relative_error"] - again.report.total["relative_error"]) < 1e-4
+
+
+def test_squeeze_hands_all_shapes_over_at_once(model, seen, off):
+    adapter, _ = model
+    batched = functools.partial(lt.squeeze, adapter, rank=2)
+    for name in NAMES:
+        d, true = (u[name].dense().double() for u in (batched(), off(batched)))
+        assert float(torch.linalg.matrix_norm(d - true)) <= 1e-2 * float(torch.linalg.matrix_norm(true))  # bf16 output
+    assert "fused_truncate" in seen
+
+
+def test_diagnose_of_a_dora_takes_its_norms_from_the_kernel(random, model, seen, off):
+    adapter, base = model
+    one = Adapter({NAMES[0]: dora(random, adapter[NAMES[0]])})
+    found, true = lt.diagnose(one, base=base, k=2), off(lt.diagnose, one, base=base, k=2)
+    assert "fused_row_norms" in seen
+    assert found.modules[0]["update_norm"] == pytest.approx(true.modules[0]["update_norm"], rel=1e-5)
+
+
+def test_a_failing_kernel_is_named_and_nothing_falls_back(random, model, seen, monkeypatch):
+    adapter, base = model
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("out of everything")
+
+    monkeypatch.setattr(row_norms_many, "direct", broken)
+    with pytest.raises(
+        lt.errors.KernelError, match=r"fused_row_norms failed: out of everything\n.*LORATOOLS_KERNELS=off"
+    ):
+        dora(random, adapter[NAMES[0]]).gain(base[NAMES[0]])
