@@ -18,6 +18,7 @@ COLUMNS: tuple[_show.Column, ...] = (
     ("bytes_before", "bytes", _show.size),
     ("bytes_after", "->", _show.size),
 )
+WEIGHTED: _show.Column = ("weighted_error", "weighted", _show.small)
 FRONTIER: tuple[_show.Column, ...] = (
     ("name", "spent as", str),
     ("bits", "bits per weight", _show.small),
@@ -42,7 +43,7 @@ FRONTIER: tuple[_show.Column, ...] = (
 )
 @click.option("--raw", is_flag=True, help="Write --scheme binary-adapter in the headerless bytes of its own program.")
 @click.option("--advise", is_flag=True, help="Print the frontier of error against bytes for this adapter; no output.")
-@click.option("--stats", metavar="FILE", help="Weigh the inputs of the modules by a statistics file.")
+@_options.STATS
 @_options.reading
 @_options.writing
 @_options.running
@@ -91,7 +92,7 @@ def command(
         raise UsageError("--raw is the layout of one scheme", expected="--scheme binary-adapter", got=scheme)
     words: dict[str, Any] = {"bits": bits, "avg_bits": avg_bits, "size": size, "group": group, "scheme": scheme}
     budget = None if advise else Budget(**words)  # contradictions are refused before anything is opened
-    adapter, _ = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
+    adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
     if advise:
         return _advised(adapter, group, threads, as_json, quiet)
     assert budget is not None
@@ -101,10 +102,11 @@ def command(
     shown = _session.Target(target, overwrite, dry_run, as_json, quiet)
     shown.check([written_as(adapter, "native")])
     with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
-        done = quantize(adapter, **words, stats=stats)
+        done = quantize(adapter, **words, stats=stats, base=opened)
     if raw:
         return _raw(done, adapter, shown, gate)
-    code = _session.deliver(done, [adapter], shown, gate, columns=COLUMNS, worst="relative_error", format="native")
+    columns = COLUMNS if stats is None else (*COLUMNS[:5], WEIGHTED, *COLUMNS[5:])
+    code = _session.deliver(done, [adapter], shown, gate, columns=columns, worst="relative_error", format="native")
     if not (as_json or quiet):
         _neighbours(done.report)
     return code

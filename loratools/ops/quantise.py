@@ -11,7 +11,7 @@ from loratools.core.adapter import Adapter
 from loratools.core.pool import parallel_map
 from loratools.core.update import Array, Leaf, Update, namespace, nbytes
 from loratools.errors import LoratoolsError, UsageError
-from loratools.files import written_size
+from loratools.files import BaseLike, open_base, written_size
 from loratools.io.stats import StatsLike
 from loratools.kinds.binary import Binary, binary
 from loratools.kinds.lowrank import LowRank, low_rank, stored_as, with_low_rank
@@ -26,6 +26,7 @@ from loratools.ops.bit_budget import Module, allocations
 from loratools.ops.channels import channel_weights
 from loratools.ops.quantise_report import Figures, neighbours, quantise_report
 from loratools.ops.ranks import parse_size
+from loratools.ops.weighing import Weighing, weighing
 from loratools.report import Report
 
 BITS = (1, 2, 3, 4, 8)
@@ -92,13 +93,15 @@ def quantize(
     group: int = 0,
     scheme: str = "lowbit",
     stats: StatsLike | None = None,
+    base: BaseLike | None = None,
 ) -> Adapter:
     """Return the adapter with every low-rank update packed in few bits (kind ``packed``); save it as ``native``.
 
     Exactly one budget, see :class:`Budget`; ``size`` is honoured to the byte by ``save(..., format="native")``. The
     updates are brought into the canonical gauge (balanced singular components); with ``avg_bits`` or ``size`` the bits
     of every component are chosen by marginal gain over all modules, otherwise all have ``bits``; then see
-    :func:`loratools.linalg.lowbit.encode`. ``stats`` weigh the inputs of the modules. ``scheme`` ``binary-adapter`` is
+    :func:`loratools.linalg.lowbit.encode`. ``stats`` weigh the inputs of the modules (``"norm"``: by the norms
+    of ``base``); both errors are told. ``scheme`` ``binary-adapter`` is
     the rule of arXiv:2307.16867, applied after the fact (kind ``binary``).
 
     What is no low-rank product (biases, heads, full differences, stacks of experts) is carried. Raises UsageError for
@@ -112,7 +115,8 @@ def quantize(
     done = replace(done, meta=replace(done.meta, absorbed={}))
     if budget.scheme == "binary-adapter":
         return _by_medians(adapter, done, directions, budget)
-    weights = channel_weights(stats, adapter, directions)
+    weigh = None if stats is None else weighing(stats, adapter, open_base(base))
+    weights = channel_weights(weigh, directions)
     parts = canonical_parts(directions)
     plans = _plans(done, directions, parts, budget)
     if len(plans) > 1:
@@ -120,11 +124,10 @@ def quantize(
     best = _encoded(parts, plans[0], weights, group)
     updates = {name: _put(u, best[name].update) if name in best else u for name, u in adapter.items()}
     made = replace(done, updates=updates)
-    figures = {
-        name: _figures(directions[name], parts[name], found, weighted=name in weights) for name, found in best.items()
-    }
+    figures = {name: _figures(name, directions[name], parts[name], found, weigh) for name, found in best.items()}
     near = neighbours({n: (p.b, p.a) for n, p in parts.items()}, best_bytes(best), group)
-    return replace(made, report=quantise_report(figures, budget.words, adapter, made, near))
+    said = () if weigh is None else weigh.said
+    return replace(made, report=quantise_report(figures, budget.words, adapter, made, near, said))
 
 
 class Part(NamedTuple):
@@ -267,11 +270,12 @@ def best_bytes(found: Mapping[str, Encoded]) -> dict[str, int]:
     return {name: int(e.update.codes.nbytes + e.update.scales.nbytes) for name, e in found.items()}
 
 
-def _figures(before: LowRank, part: Part, found: Encoded, *, weighted: bool) -> Figures:
+def _figures(name: str, before: LowRank, part: Part, found: Encoded, weigh: Weighing | None) -> Figures:
     square, wrong, weights = sum(part.energies), found.wrong, before.rank * sum(before.matrix_shape)
-    if weighted and part.energies:  # what is told is the plain norm
-        square, wrong = difference_squares(LowRank(part.b, part.a), found.update.unpacked())
-    return Figures(square, wrong, before.rank, found.update.runs, weights)
+    if weigh is None or name not in weigh or not part.energies:
+        return Figures(square, wrong, before.rank, found.update.runs, weights)
+    measured = weigh.squares(name, [LowRank(part.b, part.a)], [found.update.unpacked()])
+    return Figures(*measured[:2], before.rank, found.update.runs, weights, measured[2:])
 
 
 def _by_medians(adapter: Adapter, done: Adapter, directions: Mapping[str, LowRank], budget: Budget) -> Adapter:

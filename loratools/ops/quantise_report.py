@@ -23,6 +23,7 @@ UNITS = {
     "components": "packed components",
     "bits": "bits of codes and scales per stored weight of the input",
     "relative_error": "Frobenius norm of (packed - original) / that of the original, scales as stored",
+    "weighted_error": "the same in the norm of the statistics, where there are any",
     "bytes_before": "bytes of the stored tensors",
     "bytes_after": "bytes of the packed tensors",
     "bytes_file": "bytes of the whole file in the native format",
@@ -31,19 +32,28 @@ UNITS = {
 
 
 class Figures(NamedTuple):
-    """Of one module: |D|^2, |D' - D|^2, rank before, runs of (bits, count) after, weights before."""
+    """Of one module: |D|^2, |D' - D|^2, rank before, runs of (bits, count) after, weights before.
+
+    ``weighted`` are both squares in the norm of statistics, where there are any.
+    """
 
     square: float
     wrong: float
     rank: int
     runs: tuple[int, ...]
     weights: int
+    weighted: tuple[float, ...] | None = None
 
 
 def quantise_report(
-    figures: Mapping[str, Figures], words: str, before: Adapter, after: Adapter, near: Sequence[Mapping[str, Any]]
+    figures: Mapping[str, Figures],
+    words: str,
+    before: Adapter,
+    after: Adapter,
+    near: Sequence[Mapping[str, Any]],
+    said: Sequence[str] = (),
 ) -> Report:
-    """Return the report of a quantisation."""
+    """Return the report of a quantisation; ``said`` are further warnings."""
     rows = tuple(_row(name, figures.get(name), before, after) for name in after)
     square = sum(f.square for f in figures.values())
     packed = sum(nbytes(after[name]) for name in figures)
@@ -58,8 +68,20 @@ def quantise_report(
         "bytes_after": after.nbytes,
         "bytes_file": written_size(after, format="native"),
     }
+    weighted = [f.weighted for f in figures.values() if f.weighted is not None]
+    if weighted:
+        rows = tuple({**row, "weighted_error": _weighted(figures.get(row["name"]))} for row in rows)
+        whole, wrong = (sum(column) for column in zip(*weighted, strict=True))
+        total["weighted_error"] = sqrt(wrong / whole) if whole else 0.0
     extra = {"target": words, "neighbours": list(near)}
-    return Report("loratools.quantize/1", rows, total, UNITS, _warnings(figures, before, after), extra=extra)
+    return Report("loratools.quantize/1", rows, total, UNITS, (*_warnings(figures, before, after), *said), extra=extra)
+
+
+def _weighted(f: Figures | None) -> float | None:
+    if f is None or f.weighted is None:
+        return None
+    whole, wrong = f.weighted
+    return sqrt(wrong / whole) if whole else 0.0
 
 
 def _row(name: str, f: Figures | None, before: Adapter, after: Adapter) -> dict[str, Any]:

@@ -81,14 +81,14 @@ class Weighing:
         )
 
 
-def weighing(stats: StatsLike, adapter: Adapter, base: Base | None, target: Target) -> Weighing:
+def weighing(stats: StatsLike, adapter: Adapter, base: Base | None, target: Target | None = None) -> Weighing:
     """Return the weighing that ``stats`` asks for: a file or mapping, or ``"norm"`` for the gains of the base's norms.
 
     Everything is matched and its shapes are checked, before any work. Raises MismatchError where statistics fit no
     module or have another shape (first three and the count), NeedsBaseError for ``"norm"`` without a base, UsageError
     for targets that statistics contradict.
     """
-    if target.noise:
+    if target is not None and target.noise:
         raise UsageError("rank=noise looks at the plain spectrum", hint="leave out the statistics, or give a number")
     sizes = {name: us[0].matrix_shape for name, u in adapter.items() if (us := low_ranks(u)) is not None}
     turned = frozenset(n for n in sizes if adapter.meta.layout.get(n, {}).get("stored") == "in_out")
@@ -97,13 +97,13 @@ def weighing(stats: StatsLike, adapter: Adapter, base: Base | None, target: Targ
             raise NeedsBaseError("the gains of the norms are in the base", hint="pass --base BASE")
         found = norm_gains(sizes, base)
         rest = _listed([n for n in sizes if n not in found])
-        said = (f"{len(sizes) - len(found)} of {len(sizes)} modules read no norm's output: squeezed unweighted{rest}",)
+        said = (f"{len(sizes) - len(found)} of {len(sizes)} modules read no norm's output and stay unweighted{rest}",)
         return Weighing(found, turned, said if len(found) < len(sizes) else (), "stats=norm")
     opened = load_stats(stats)
     names = opened.resolve(sizes)
     matched = {name: opened[module] for name, module in names.items()}
     _check_shapes(matched, sizes, turned, opened.path)
-    if target.size is not None and len(matched) < len(sizes):
+    if target is not None and target.size is not None and len(matched) < len(sizes):
         raise UsageError(
             "a budget shared out by weighted errors needs statistics of every module", file=opened.path,
             got=f"none for {len(sizes) - len(matched)}{_listed([n for n in sizes if n not in matched])}",
@@ -152,7 +152,7 @@ def _remarks(sizes: Mapping[str, object], names: Mapping[str, str], opened: Mapp
     missing = [name for name in sizes if name not in names]
     extra = [module for module in opened if module not in names.values()]
     return (
-        *([f"no statistics for {len(missing)} of {len(sizes)} modules: squeezed unweighted{_listed(missing)}"]
+        *([f"no statistics for {len(missing)} of {len(sizes)} modules, which stay unweighted{_listed(missing)}"]
           if missing else []),
         *([f"statistics of {len(extra)} modules that the adapter does not change{_listed(extra)}"] if extra else []),
     )  # fmt: skip

@@ -175,8 +175,13 @@ def test_statistics_weigh_the_inputs() -> None:
         q = np.sqrt(stats[f"{name.removesuffix('.weight')}.in_diag"])
         wrong = [np.linalg.norm((u.dense() - d[name].dense()) * q) for d in (plain, seen)]
         assert wrong[1] < wrong[0]
+        row = next(row for row in seen.report.modules if row["name"] == name)
+        assert row["weighted_error"] == pytest.approx(wrong[1] / np.linalg.norm(u.dense() * q), rel=1e-3)
+    assert "weighted_error" not in plain.report.total
     with pytest.raises(LoratoolsError):
         lt.quantize(source, bits=1, stats={"a.in_diag": np.ones(7)})
+    some = lt.quantize(source, bits=1, stats={k: v for k, v in stats.items() if k.startswith("a.")})
+    assert any("no statistics for 2 of 3 modules" in line for line in some.report.warnings)
 
 
 @pytest.mark.parametrize("bits", list(MEDIANS))

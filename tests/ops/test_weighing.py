@@ -106,7 +106,9 @@ def test_missing_and_further_modules_are_said() -> None:
     stats = {k: v for k, v in diagonals().items() if k.startswith("a.q")} | {"x.in_diag": np.ones(3, np.float32)}
     done = lt.squeeze(two(), rank=2, stats=stats)
     assert done.report is not None
-    assert any("no statistics for 1 of 2 modules: squeezed unweighted (a.v.weight)" in w for w in done.report.warnings)
+    assert any(
+        "no statistics for 1 of 2 modules, which stay unweighted (a.v.weight)" in w for w in done.report.warnings
+    )
     assert any("1 modules that the adapter does not change (x)" in w for w in done.report.warnings)
     plain = lt.squeeze(two(), rank=2)
     assert np.array_equal(done["a.v.weight"].dense(), plain["a.v.weight"].dense())  # type: ignore[attr-defined]
