@@ -112,7 +112,7 @@ def command(
             adapter, to, base=opened, lossy=lossy, scale=scale, rename=rename, split_alpha=assume_split_alpha,
             type=type_, rank=rank, initial=first, altered_base=altered_base, seed=seed, **own,
         )  # fmt: skip
-    if not (explain or dry_run):
+    if not explain:
         _check(done, to, opened, options)
     return _session.deliver(
         done,

@@ -18,6 +18,7 @@ from loratools.io.base import Base
 from loratools.kinds.dora import Dora
 from loratools.kinds.lowrank import LowRank
 from loratools.ops.altered import BY_BASE, initialisation, recover, refuse_altered
+from loratools.ops.bottlenecks import refuse_bottlenecks
 from loratools.ops.reroute import Target, converted
 from loratools.ops.types.base import retyped
 from loratools.report import Report, Row
@@ -32,6 +33,9 @@ UNITS = {
     "bytes_before": "bytes of the tensors",
     "bytes_after": "bytes of the tensors in the new kind",
 }
+
+
+ROUNDING = 1e-5  # relative errors that are no news: fp32 factors of what has that rank
 
 
 def convert(
@@ -70,6 +74,8 @@ def convert(
     format = FORMATS[to]
     opened = open_base(base)
     own = to in (adapter.meta.source, "native") and type is None
+    if not own:
+        refuse_bottlenecks(adapter)
     plain, warnings = _plain(_scaled(adapter, scale), initial, opened, keep=altered_base or own)
     named, odd = _split_alphas(_renamed(plain, rename), split_alpha)
     before, made = dict(zip(named, adapter.values(), strict=True)), {}
@@ -78,8 +84,6 @@ def convert(
         made = {row["name"]: row for row in _report_of(named).modules}
     elif rank is not None or settings:
         raise UsageError("a rank and settings belong to a type", expected="--type", got=rank or ", ".join(settings))
-    if not plain.meta.scaled and not own:
-        warnings.append("the input does not say its scale: 1 stands for it (--scale NUMBER says it)")
     warnings += [*odd, *_losses(list(made.values()), type, named)]
     own = to == adapter.meta.source and type is None
     done: dict[str, Update] = {}
@@ -127,8 +131,8 @@ def _report_of(adapter: Adapter) -> Report:
 
 
 def _losses(made: Collection[Row], type: str | None, typed: Adapter) -> list[str]:
-    """Return one line on what a new type costs, where it is not exact."""
-    lossy = [row for row in made if row["relative_error"]]
+    """Return one line on what a new type costs, where that is more than rounding."""
+    lossy = [row for row in made if row["relative_error"] > ROUNDING]
     if not lossy:
         return []
     worst = max(lossy, key=lambda row: float(row["relative_error"]))
