@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 COLUMNS: tuple[_show.Column, ...] = (
     ("pair", "pair", str),
-    ("cosine", "cosine", lambda x: f"{x:.3f}"),
+    ("cosine", "cosine", lambda x: f"{x:z.3f}"),
     ("angle_output", "out angle", lambda x: f"{x:.1f}"),
     ("angle_input", "in angle", lambda x: f"{x:.1f}"),
     ("a_in_b", "a in b", lambda x: f"{100 * x:.1f}%"),

@@ -141,7 +141,7 @@ def _told(report: Report) -> list[str]:
         for name, weight, norm, kept, covered in figures
     ]
     known = sorted((p for p in pairs if p["cosine"] is not None), key=lambda p: -p["interference"])
-    crossed = [f"{p['a']} and {p['b']}: cosine {p['cosine']:.2f}, interference {p['interference']:.2f}" for p in known]
+    crossed = [f"{p['a']} and {p['b']}: cosine {p['cosine']:z.2f}, interference {p['interference']:.2f}" for p in known]
     return [*_first(inputs, "inputs"), *_first(crossed, "pairs")]
 
 

@@ -137,13 +137,13 @@ def recommendation(
     for i, members in enumerate((c for c in found if len(c) > 1), start=1):
         inside = [row["cosine"] for row in rows if row["a"] in members and row["b"] in members]
         told.append(
-            f"Community {i}: {_some(members)}; mean cosine {_mean(inside) or 0:.2f}. "
+            f"Community {i}: {_some(members)}; mean cosine {_mean(inside) or 0:z.2f}. "
             "If anything is to be fused, fuse within it; its pairs below say how."
         )
     alone = [members[0] for members in found if len(members) == 1 and members[0] not in empty]
     if alone and rows:
         nearest = max(row["cosine"] or 0.0 for row in rows if row["a"] in alone or row["b"] in alone)
-        told.append(f"Like no other: {_some(alone)}; the largest cosine is {nearest:.2f}.")
+        told.append(f"Like no other: {_some(alone)}; the largest cosine is {nearest:z.2f}.")
     if not rows:
         told.append("Nothing to compare: it takes two adapters with additive updates.")
     for kind, (figure, sign) in CLEAREST_FIRST.items():
@@ -164,7 +164,7 @@ def _evidence(row: Mapping[str, Any]) -> str:
     known = {group: f["interference"] for group, f in row["groups"].items() if f["interference"] is not None}
     worst = max(known, key=lambda group: known[group], default=None)
     where = f", most in {worst} ({known[worst]:.2f})" if worst is not None and len(known) > 1 else ""
-    figures = f"cosine {row['cosine'] or 0:.2f}, interference {row['interference'] or 0:.2f}"
+    figures = f"cosine {row['cosine'] or 0:z.2f}, interference {row['interference'] or 0:.2f}"
     return f"{row['a']} and {row['b']}: {figures}{where}"
 
 

@@ -69,7 +69,7 @@ def _heat(report: Report, names: Sequence[str], figure: str) -> Any:
             for j, value in enumerate(line):
                 if i != j:
                     colour = "white" if abs(value) > DARK else "black"
-                    axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
+                    axes.text(j, i, f"{value:z.2f}", ha="center", va="center", fontsize=6, color=colour)
     axes.set_title(figure.replace("_", " "), fontsize=9)
     drawn.colorbar(picture, ax=axes, shrink=0.7)
     return drawn
