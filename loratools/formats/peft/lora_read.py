@@ -10,8 +10,9 @@ from loratools.core.adapter import Adapter
 from loratools.errors import FormatError, UnsupportedError
 from loratools.formats.peft.config import Settings, settings
 from loratools.formats.peft.forms import form_of
+from loratools.formats.peft.forms.absorbed import LATENT
 from loratools.formats.peft.forms.experts import order_of
-from loratools.formats.peft.forms.form import Known, Module, check_leaves, told
+from loratools.formats.peft.forms.form import A, Known, Module, check_leaves, told
 from loratools.formats.peft.forms.linear import Linear
 from loratools.formats.peft.forms.wrappers import meanings, wrapped
 from loratools.formats.peft.lora_remarks import remarks_of
@@ -24,6 +25,7 @@ from loratools.io.experts import stacked_shape, stored_apart
 
 _ARROW = "an Arrow router mixes other adapters token by token: it is no update of weights"
 _INVOKED = "an activated LoRA (alora_invocation_tokens) acts only on the tokens after its invocation"
+_RECONSTRUCTION = "reconstr_config.json"
 _REPLICATED = "layer_replication repeats layers of the base, which the base's file holds once"
 
 
@@ -36,6 +38,7 @@ def read(bundle: Bundle, *, base: Base | None = None, allow_unknown: bool = Fals
     found = sort_keys(bundle.tensors)
     if not found.modules:
         raise FormatError("no LoRA factors in this file", expected="...lora_A.weight and ...lora_B.weight")
+    _need_cores(found, bundle)
     modules = _modules(found, bundle, said, base)
     done = Reading(leftover=found.leftover)
     for m in modules:
@@ -92,6 +95,18 @@ def _shapes(modules: Iterable[Module], base: Base) -> dict[str, tuple[int, ...]]
     apart = stored_apart((name for name in open_names if name not in names), base.shapes)
     whole = {name: base.shapes[target] for name, target in names.items()}
     return whole | {name: stacked_shape(parts, base.shapes) for name, parts in apart.items()}
+
+
+def _need_cores(found: Sorted, bundle: Bundle) -> None:
+    """Raise :class:`FormatError` where LoRA-XS left its own settings beside factors that have no core between them."""
+    bare = [path for path, parts in found.modules.items() if A in parts and LATENT not in parts]
+    if bare and any(file.name == _RECONSTRUCTION for file in bundle.siblings):
+        raise FormatError(
+            f"{_RECONSTRUCTION} says LoRA-XS, whose update is B R A, but there is no core R",
+            parameter=bare[0],
+            expected=f"...{LATENT}",
+            hint="save the adapter with every trained tensor; without R its factors mean nothing",
+        )
 
 
 def _never(config: Mapping[str, Any]) -> str | None:
