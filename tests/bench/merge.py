@@ -1,10 +1,11 @@
 """Merge as a whole process, beside copying the same bytes and beside PEFT; DoRA row norms beside PEFT's.
 
-    python tests/bench/merge.py --out docs/bench/merge.json
+    python tests/bench/merge.py --only merge --out docs/bench/merge.json
+    python tests/bench/merge.py --only norms --out docs/bench/row_norms.json
 
 Rows: a 1.1B-shaped bf16 base (2.2 GB in 4 shards) with a LoRA of r = 32 on every linear layer, and the same as DoRA;
-row norms at 11008 x 4096, r = 64 (alone: ``--only norms --out docs/bench/row_norms.json``), beside their floor, the fp32
-product B A of the same blocks and the conversion of W. The copy reads and writes every byte, with fsync as the program does.
+the copy reads and writes every byte, with fsync as the program does. Row norms at 11008 x 4096, r = 64, stand beside their
+floor: the fp32 product B A of the same blocks, and the conversion of W.
 """
 
 from __future__ import annotations
