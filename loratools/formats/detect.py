@@ -6,8 +6,9 @@ from loratools.errors import AmbiguousFormatError, UnknownFormatError
 from loratools.formats.base import FORMATS, Format
 from loratools.formats.known import recognise
 from loratools.io.bundle import Bundle
+from loratools.io.manifest import KEY
 
-_NATIVE = "the metadata say native"
+_NATIVE, _MANIFEST = "the metadata say native", "a manifest says what it is"
 
 
 def detect(bundle: Bundle) -> Format:
@@ -19,9 +20,9 @@ def detect(bundle: Bundle) -> Format:
     own = "loratools" in bundle.metadata  # a native file carries other programs' keys along
     if "peft_type" in (bundle.config or {}) and not own and not _torchtune(bundle):
         return FORMATS["peft"]  # no other program writes this word; asking the others would cost their imports
-    reasons = {
-        name: _NATIVE if own and name != "native" else format.declines(bundle) for name, format in FORMATS.items()
-    }
+    spoken = ("native",) if own else ("manifest", "papers") if KEY in bundle.metadata else tuple(FORMATS)
+    told = _NATIVE if own else _MANIFEST
+    reasons = {name: format.declines(bundle) if name in spoken else told for name, format in FORMATS.items()}
     claims = [name for name, reason in reasons.items() if reason is None]
     if len(claims) == 1:
         return FORMATS[claims[0]]

@@ -56,6 +56,8 @@ class Mlx(Format):
         bare = [stem for stem, parts in modules.items() if {"a", "b"} <= parts.keys()]
         if not bare or any(stem.endswith(".weight") for stem in bare):
             return "no lora_a and lora_b among the keys"
+        if any(key.endswith((".multi_lora_a", ".multi_lora_b")) for key in bundle.tensors):
+            return "t-few's scaling vectors beside lora_a and lora_b"
         return None
 
     def decode(self, bundle: Bundle, *, base: Base | None = None, allow_unknown: bool = False) -> Adapter:

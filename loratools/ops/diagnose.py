@@ -14,6 +14,7 @@ from loratools.linalg.seeds import key_of
 from loratools.ops.against_base import Asked
 from loratools.ops.attention import attention_row, sites
 from loratools.ops.base_names import base_names
+from loratools.ops.bottlenecks import bottlenecks
 from loratools.ops.examine import Plan, examined
 from loratools.ops.history import course, step
 from loratools.ops.parts import Part, parts
@@ -135,6 +136,9 @@ def _report(
         extra["rank_curve"] = curve
     if attention:
         extra["attention"] = list(attention)
+    if (told := bottlenecks(checkpoints[-1])) is not None:
+        extra["bottlenecks"] = told.to_rows()
+        extra["summary"] += [f"{told.total['modules']} bottlenecks, {told.total['trained']} of them trained"]
     if len(checkpoints) > 1:
         steps = [[versions[i] for versions in found] for i in range(len(checkpoints))]
         extra["history"] = [step(adapter, rows) for adapter, rows in zip(checkpoints, steps, strict=True)]

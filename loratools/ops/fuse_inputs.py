@@ -15,6 +15,7 @@ from loratools.formats.spaces import worlds
 from loratools.io.base import Base
 from loratools.ops.altered import advice, initialisation
 from loratools.ops.base_names import base_names
+from loratools.ops.bottlenecks import refuse_bottlenecks
 from loratools.ops.parts import layer_and_projection
 
 NAMELESS = ("adapter_model", "adapters", "lora", "pytorch_lora_weights", "model")
@@ -64,6 +65,8 @@ def checked_weights(count: int, weights: Sequence[float] | None) -> tuple[float,
 
 def check_bases(adapters: Sequence[Adapter], names: Sequence[str], *, same_base: bool) -> None:
     """Raise unless the adapters can be of one base: by declared ids, scales, altered bases, and shapes."""
+    for adapter in adapters:
+        refuse_bottlenecks(adapter)
     for adapter in adapters:
         if not adapter.meta.scaled:
             raise MissingScaleError(
