@@ -12,13 +12,13 @@ from loratools.core.rows import row_ranges, rowwise
 from loratools.core.update import Array, Delta, Leaf, Update, namespace, tensors
 from loratools.errors import UsageError
 from loratools.files import BaseLike
-from loratools.kinds.dora import DoraDelta
+from loratools.kinds.dora import Dora, DoraDelta, axis_norms
 from loratools.kinds.lowrank import LowRank, low_rank
 from loratools.linalg.dense import thin_svd
 from loratools.linalg.namespace import down, dtype_name, is_float, up, working_dtype
 from loratools.linalg.rsvd import rsvd
 from loratools.linalg.seeds import key_of
-from loratools.ops.fold import square
+from loratools.ops.fold import agreement, correlation, square
 from loratools.ops.types.base import adapter_type
 from loratools.ops.types.walk import as_factors, finished, walk
 
@@ -46,12 +46,18 @@ def to_lora(
         factors = as_factors(u)
         if factors is not None and (rank is None or factors.rank <= rank):
             return factors, _row(name, factors.rank, factors.rank)
-        direction = factors or low_rank(u)
+        delta = u.delta(up(w, working_dtype(w)) if w is not None else None)
+        bounded = low_rank(delta)
+        if bounded is not None and (rank is None or bounded.rank <= rank):
+            return bounded, _row(name, bounded.rank, bounded.rank)
+        direction = factors or low_rank(u) or bounded
         if rank is None and direction is None:
             raise UsageError(f"a {u.kind} update has no rank of its own", expected="--rank N")
-        delta = u.delta(up(w, working_dtype(w)) if w is not None else None)
         k = min(rank or direction.rank, *delta.matrix_shape)  # type: ignore[union-attr]  # one of them is there
-        return _nearest(name, delta, k, direction, exact=exact, key=key_of(seed, name))
+        new, row = _nearest(name, delta, k, direction, exact=exact, key=key_of(seed, name))
+        if isinstance(u, Dora) and isinstance(delta, DoraDelta):
+            row["magnitude_agreement"] = correlation(agreement(u, axis_norms(delta.base, u.axis)))
+        return new, row
 
     plain = (lambda u: isinstance(u, LowRank), lambda u: isinstance(u, Delta))
     done, rows = walk(adapter, base, lambda u: not plain[0](u), lambda u: not plain[1](u), one)

@@ -140,6 +140,14 @@ def test_converted_to_peft_it_is_plain_lora(made: Any) -> None:
         assert np.linalg.norm(told[name] - d) <= (2e-6 if made.type in BOUND else 0.0101) * np.linalg.norm(d) + 1e-6
 
 
+def test_made_lora_it_is_exact_at_the_bound_and_the_nearest_below(made: Any) -> None:
+    done = lt.convert(made.adapter, "peft", type="lora", rank=None if made.type in BOUND else 24, base=made.base)
+    for name, d in _changes(done, made.base).items():
+        true = made.true[name]
+        assert np.linalg.norm(d - true) <= 5e-6 * np.linalg.norm(true) + 1e-6, name
+        assert done[name].kind == ("lowrank" if d.ndim > 1 else "dense")
+
+
 def test_merged_it_is_what_peft_merges(made: Any) -> None:
     from loratools.ops.merge import merged
 
