@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from loratools import gates
-from loratools.cli import _session, _show
+from loratools.cli import _options, _session, _show
 from loratools.core.adapter import Adapter
 from loratools.errors import UsageError
 from loratools.files import load
@@ -42,7 +42,10 @@ def read(
         named = (open_bundle(path).config or {} for path in paths)
         model_id = next((str(said) for c in named if (said := c.get("base_model_name_or_path"))), None)
         refuse_quantised(model, model_id=model_id, allow_fp8=allow_fp8)
-    return model, tuple(load(path, format=format, base=model, allow_unknown=allow_unknown) for path in paths)
+    order = _options.expert_order()
+    return model, tuple(
+        load(path, format=format, base=model, allow_unknown=allow_unknown, expert_order=order) for path in paths
+    )
 
 
 def open_model(path: Path) -> Base:

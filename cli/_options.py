@@ -21,16 +21,21 @@ STATS = click.option(
 )
 
 
+def packing(command: C) -> C:
+    """--expert-order: for whoever loads an adapter."""
+    return click.option(
+        "--expert-order",
+        type=click.Choice(["rank-major", "expert-major"]),
+        expose_value=False,
+        callback=_remember,
+        help="How lora_B packs experts, where the file does not tell: PEFT rank-major, Unsloth expert-major.",
+    )(command)
+
+
 def reading(command: C) -> C:
     """--format, --base, --allow-unknown, --expert-order: how the input is understood."""
     for option in (
-        click.option(
-            "--expert-order",
-            type=click.Choice(["rank-major", "expert-major"]),
-            expose_value=False,
-            callback=_remember,
-            help="How lora_B packs experts, where the file does not tell: PEFT rank-major, Unsloth expert-major.",
-        ),
+        packing,
         click.option("--allow-unknown", is_flag=True, help="Carry tensors that no rule explains instead of refusing."),
         click.option("--base", metavar="PATH|auto", help="Base model (file or directory); auto: the local hub cache."),
         click.option("--format", "format", metavar="NAME", help="Read IN as this format instead of detecting it."),

@@ -106,7 +106,8 @@ def command(
     adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
     target = _session.Target(output or placed(path.absolute(), to, to), overwrite, dry_run or explain, as_json, quiet)
     target.check([_as(adapter, to)])
-    first = None if initial is None else load(initial, format=format, base=opened, allow_unknown=allow_unknown)
+    order = _options.expert_order()
+    first = None if initial is None else load(initial, base=opened, allow_unknown=allow_unknown, expert_order=order)
     with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
         done = convert(
             adapter, to, base=opened, lossy=lossy, scale=scale, rename=rename, split_alpha=assume_split_alpha,

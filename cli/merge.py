@@ -35,6 +35,7 @@ COLUMNS: tuple[_show.Column, ...] = (
 @click.option("--altered-base", is_flag=True, help="BASE is the model that IN's initialisation altered (PiSSA, ...).")
 @click.option("--no-measure", is_flag=True, help="Leave out norms and rounding losses: somewhat faster.")
 @click.option("--allow-unknown", is_flag=True, help="Read adapters with tensors that no rule explains.")
+@_options.packing
 @click.option("--format", "format", metavar="NAME", help="Read IN as this format instead of detecting it.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write (default: BASE-merged).")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")

@@ -26,6 +26,7 @@ COLUMNS: tuple[_show.Column, ...] = (
 @click.option("--resume", is_flag=True, help="Continue a killed job at the first unfinished shard.")
 @click.option("--altered-base", is_flag=True, help="The merge was into an altered base (PiSSA, ...).")
 @click.option("--allow-unknown", is_flag=True, help="Read adapters with tensors that no rule explains.")
+@_options.packing
 @click.option("--format", "format", metavar="NAME", help="Read IN as this format instead of detecting it.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write (default: MERGED-unmerged).")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")

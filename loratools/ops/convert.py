@@ -84,7 +84,8 @@ def convert(
         made = {row["name"]: row for row in _report_of(named).modules}
     elif rank is not None or settings:
         raise UsageError("a rank and settings belong to a type", expected="--type", got=rank or ", ".join(settings))
-    warnings += [*odd, *_losses(list(made.values()), type, named)]
+    warnings += [*odd, *([] if named.report is None else named.report.warnings)]
+    warnings += _losses(list(made.values()), type, named)
     own = to == adapter.meta.source and type is None
     done: dict[str, Update] = {}
     rows: list[dict[str, Any]] = []

@@ -74,14 +74,17 @@ def _warnings(
         *(remark for adapter in adapters for remark in adapter.meta.remarks),
         *planned.remarks,
         *(_loss_warning(lossy, rows)),
-        *(
-            [
-                "the DoRA magnitudes do not follow this base's row norms (median correlation "
-                f"{agreement:.2f}, near 1 on the right base): is this the base that the adapter was trained on?"
-            ]
-            if agreement is not None and agreement < WRONG_BASE
-            else []
-        ),
+        *wrong_base(agreement),
+    ]
+
+
+def wrong_base(agreement: float | None) -> list[str]:
+    """Return the warning of a base on which a DoRA's magnitudes mean nothing."""
+    if agreement is None or agreement >= WRONG_BASE:
+        return []
+    return [
+        f"the DoRA magnitudes do not follow this base's row norms (median correlation {agreement:.2f}, near 1 on the "
+        "right base): is this the base that the adapter was trained on?"
     ]
 
 

@@ -4,8 +4,8 @@
     python tests/bench/merge.py --only norms --out docs/bench/row_norms.json
 
 Rows: a 1.1B-shaped bf16 base (2.2 GB in 4 shards) with a LoRA of r = 32 on every linear layer, and the same as DoRA;
-the copy reads and writes every byte, with fsync as the program does. Row norms at 11008 x 4096, r = 64, stand beside their
-floor: the fp32 product B A of the same blocks, and the conversion of W.
+the copy reads and writes every byte, with fsync as the program does. Row norms at 11008 x 4096, r = 64, stand beside
+their floor: the fp32 product B A of the same blocks, and the conversion of W.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
+from statistics import median
 from typing import Any
 
 from loratools.core import generic
@@ -21,6 +22,7 @@ from loratools.kinds.stack import Stack
 from loratools.leaf import Array, Leaf
 from loratools.ops.base_names import base_names
 from loratools.ops.placing import beside
+from loratools.ops.tally_merge import wrong_base
 from loratools.report import Report, Row
 
 Which = Callable[[Update], bool]
@@ -31,6 +33,7 @@ UNITS = {
     "relative_error": "Frobenius norm of (written - (W' - W)) / that of W' - W",
     "update_norm": "Frobenius norm of W' - W, where the way there was not exact",
     "energy": "share of |W' - W|^2 (Frobenius) that the new factors hold",
+    "magnitude_agreement": "DoRA: correlation of magnitudes with this base's row norms, near 1 on the right base",
     "gain": "mean of magnitude / |row of W + D|: what a DoRA's magnitude does beyond its direction",
 }
 
@@ -94,7 +97,9 @@ def finished(done: Adapter, source: Adapter, rows: Sequence[Row], name: str) -> 
         "relative_error": sqrt(lost / square) if square else 0.0,
         "worst": max((row["relative_error"] for row in rows), default=0.0),
     }
-    report = Report(f"loratools.to-{name}/1", tuple(rows), total, UNITS, source.meta.remarks)
+    agreements = [row["magnitude_agreement"] for row in rows if row.get("magnitude_agreement") is not None]
+    warnings = wrong_base(median(agreements) if agreements else None)
+    report = Report(f"loratools.to-{name}/1", tuple(rows), total, UNITS, tuple(warnings))
     meta = replace(done.meta, config=_begun_anew(done.meta.config))
     return replace(done, meta=meta, report=report).with_history(f"made {name}")
 

@@ -69,6 +69,17 @@ def test_the_total_is_over_all_modules(rng: Any) -> None:
     assert done.report.total["worst"] == max(row["relative_error"] for row in done.report.modules)
 
 
+def test_a_wrong_base_is_warned_about(rng: Any) -> None:
+    """Magnitudes follow the rows of the base of training, and say nothing of another of the same shape."""
+    w, other = (weight(rng, 300, 20) * (0.1 + rng.random((300, 1))).astype(np.float32) for _ in range(2))
+    dora = Dora(low(rng, 300, 20, 0.01), np.linalg.norm(w, axis=1).astype(np.float32))
+    right, wrong = (to_lora(Adapter({"x.weight": dora}), {"x.weight": base}).report for base in (w, other))
+    assert right is not None
+    assert wrong is not None
+    assert right.warnings == ()
+    assert any("is this the base" in line for line in wrong.warnings)
+
+
 def test_other_kinds(rng: Any) -> None:
     """Exact factors stay exact at any rank that holds them; a formed difference needs a rank; a bias is carried."""
     loha, bias, full = Hadamard.example(0), Dense(weight(rng, 5)), Dense(weight(rng, 5, 7))
