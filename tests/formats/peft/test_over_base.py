@@ -100,7 +100,7 @@ def test_without_the_series_oft_turns_the_other_way() -> None:
     [
         ({"q.oft_r": np.zeros((2, 2, 2))}, {"peft_type": "OFT"}, UnsupportedError, "0.15"),
         ({"q.oft_R.weight": np.zeros((2, 4))}, {"peft_type": "OFT"}, FormatError, "upper triangles"),
-        ({"q.oft_R.weight": np.zeros((2, 1))}, {"peft_type": "OFT"}, MismatchError, "base"),
+        ({"q.oft_R.weight": np.zeros((5, 1))}, {"peft_type": "OFT"}, MismatchError, "base"),
         ({"q.boft_R": np.zeros((1, 2, 2)), "q.boft_s": np.ones((4, 1))}, {"peft_type": "BOFT"}, FormatError, "blocks"),
         ({"q.ia3_l": np.ones((2, 3))}, {"peft_type": "IA3"}, FormatError, "vector of IA3"),
         ({"q.ia3_l": np.ones((5, 1))}, {"peft_type": "IA3"}, MismatchError, "base"),
@@ -117,7 +117,8 @@ def test_without_the_series_oft_turns_the_other_way() -> None:
          "randomised"),
         ({"q.frod_lambda_l": np.zeros(6), "q.frod_lambda_s_values": np.zeros(2)}, {"peft_type": "FROD"},
          UnsupportedError, "joint decomposition"),
-        ({"q.trainable_tokens_delta": np.zeros((2, 6))}, {"peft_type": "TRAINABLE_TOKENS"}, FormatError, "token_indices"),
+        ({"q.trainable_tokens_delta": np.zeros((2, 6))}, {"peft_type": "TRAINABLE_TOKENS"}, FormatError,
+         "token_indices"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_refused_with_its_reason(
