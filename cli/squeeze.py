@@ -42,6 +42,9 @@ def columns(stats: str | None) -> tuple[_show.Column, ...]:
 )
 @click.option("--nested", is_flag=True, help="Order channels so that every leading part is the optimum of its rank.")
 @_options.STATS
+@click.option(
+    "--method", type=click.Choice(["exact", "rsvd"]), help="Default: factors exactly, operators of full rank by rsvd."
+)
 @click.option("--keep-alpha", is_flag=True, help="Keep the input's scale instead of folding it into the factors.")
 @click.option("--allow-nonfinite", is_flag=True, help="Carry modules with NaN or inf through untouched.")
 @_options.reading
@@ -61,6 +64,7 @@ def command(
     consumer: str | None,
     nested: bool,
     stats: str | None,
+    method: str | None,
     keep_alpha: bool,
     allow_nonfinite: bool,
     format: str | None,
@@ -87,7 +91,7 @@ def command(
     from loratools.cli import _session
     from loratools.cli._names import default_output
     from loratools.ops.ranks import Target
-    from loratools.ops.squeeze import squeeze
+    from loratools.ops.squeeze import check_method, squeeze
 
     gate = gates.parse(fail_on)
     words: dict[str, Any] = {
@@ -101,9 +105,10 @@ def command(
         "consumer": consumer,
         "nested": nested,
     }
-    suffix = Target.of(**words).suffix  # contradictions are refused before anything is opened
+    target = Target.of(**words)  # contradictions are refused before anything is opened
+    check_method(method, target, weighted=stats is not None)
     adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
-    to = _session.Target(output or default_output(path, adapter, suffix), overwrite, dry_run, as_json, quiet)
+    to = _session.Target(output or default_output(path, adapter, target.suffix), overwrite, dry_run, as_json, quiet)
     to.check([adapter])
     with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
         done = squeeze(
@@ -114,5 +119,7 @@ def command(
             keep_alpha=keep_alpha,
             allow_nonfinite=allow_nonfinite,
             stats=stats,
+            method=method,
+            seed=seed,
         )
     return _session.deliver(done, [adapter], to, gate, columns=columns(stats), worst="relative_error", base=opened)

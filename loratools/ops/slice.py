@@ -71,7 +71,7 @@ def slice(adapter: Adapter, *, rank: int, scale_rule: str, block_size: int | Non
     (DyLoRA in LyCORIS; 1 is what loaders apply). ``report`` of the result tells scales and errors. Cost
     O((m + n) R^2) per module, for the errors alone. Raises UsageError for another rule or rank and for a file of
     LyCORIS' DyLoRA without ``block_size``, MismatchError for modules of a smaller rank (the first three and the count),
-    MissingScaleError where a file does not tell its scale.
+    MissingScaleError where a file does not tell its scale and the rule needs it.
     """
     Target(rank=rank)  # refuses what is no rank
     if scale_rule not in RULES:
@@ -114,7 +114,8 @@ def slice(adapter: Adapter, *, rank: int, scale_rule: str, block_size: int | Non
     }
     said = _remarks(trainer, rank, scale_rule, carried, adapter.meta)
     report = Report("loratools.slice/1", tuple(rows[n] for n in found), total, UNITS, said, extra={"target": words})
-    meta = replace(done.meta, scaled=True, remarks=())
+    settled = adapter.meta.scaled or adapter.meta.source == "matryoshka"
+    meta = replace(done.meta, scaled=settled, remarks=() if settled else done.meta.remarks)
     return replace(done, meta=meta, report=report).with_history(f"slice {words}")
 
 
@@ -171,8 +172,8 @@ def _check_ranks(found: Mapping[str, Sequence[LowRank]], rank: int) -> None:
 
 def _full_scale(u: LowRank, rule: str, meta: Meta) -> float:
     """Return the scale at all channels: the file's, or MatryoshkaLoRA's s(R) under the rule."""
-    if meta.scaled:
-        return u.scale
+    if meta.scaled or (rule == "keep" and meta.source != "matryoshka"):
+        return u.scale  # an unknown scale can be kept
     if meta.source != "matryoshka":
         raise MissingScaleError(
             f"a {meta.source} file does not say how strongly its factors act",

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 FACTORED = ("lowrank", "stack", "dora", "dense", "replace", "replace_rows", "rebased")
 """Kinds that are factors already, or are carried."""
 
+METHODS = ("exact", "rsvd")
+
 
 def squeeze(
     adapter: Adapter,
@@ -47,6 +49,8 @@ def squeeze(
     format: str | None = None,
     stats: StatsLike | None = None,
     nested: bool = False,
+    method: str | None = None,
+    seed: int = 0,
 ) -> Adapter:
     """Return the adapter whose every update is the nearest one of lower rank (Frobenius; Eckart-Young).
 
@@ -63,6 +67,10 @@ def squeeze(
     then; the report has both errors, and says which modules have no statistics. ``nested`` orders the channels of every
     module so that each leading part is the optimum of its rank at an unchanged scale, also where nothing is cut; no
     target means all ranks.
+
+    ``method``: ``exact`` or ``rsvd`` for every module; by default factors exactly and operators of full rank by a
+    randomised SVD. ``rsvd`` (oversampling 10, two power iterations, keyed by ``seed``) serves a ``rank`` alone; its
+    error is measured afterwards.
 
     DoRA: the direction is squeezed and the magnitude kept; with ``base`` the magnitude is refitted by least squares.
     Updates without factors become some first (:mod:`loratools.ops.plain`): exactly where their rank is bounded, else
@@ -84,8 +92,10 @@ def squeeze(
         consumer=consumer,
         nested=nested,
     )
+    check_method(method, target, weighted=stats is not None)
     opened = open_base(base)
-    adapter, originals = in_factors(adapter, opened, target.enough if stats is None else None)
+    enough = None if stats is not None or method == "exact" else target.enough
+    adapter, originals = in_factors(adapter, opened, enough)
     edge: Edge = no_edge
     ranks: dict[str, int] = {}
     weigh = None
@@ -101,9 +111,19 @@ def squeeze(
         from loratools.ops.plan import Storage, planned
 
         ranks = planned(adapter, target, edge, Storage(dtype, format, allow_nonfinite), weigh)
-    how = How(target, ranks, dtype, keep_alpha, allow_nonfinite, edge, weigh)
+    how = How(target, ranks, dtype, keep_alpha, allow_nonfinite, edge, weigh, seed if method == "rsvd" else None)
     done, report = squeezed(adapter, how, opened, originals)
     return replace(done.with_history(f"squeeze {how.words}"), report=report)
+
+
+def check_method(method: str | None, target: Target, *, weighted: bool) -> None:
+    """Raise UsageError for an unknown method, and for what a randomised SVD cannot serve: it knows no spectrum."""
+    if method not in (None, *METHODS):
+        raise UsageError("no such method", expected=" or ".join(METHODS), got=method)
+    if method == "rsvd" and (target.rank is None or target.is_global or target.nested or weighted):
+        raise UsageError(
+            "--method rsvd serves --rank N alone", hint="the exact method is faster for factors, and serves all"
+        )
 
 
 def in_factors(adapter: Adapter, base: Base | None, rank: int | None) -> tuple[Adapter, Mapping[str, Original]]:
@@ -126,6 +146,7 @@ class How:
     allow_nonfinite: bool = False
     edge: Edge = no_edge
     weighing: Weighing | None = None
+    sketch_seed: int | None = None  # of the randomised SVD, where it is asked for
 
     def __post_init__(self) -> None:
         if self.dtype is not None and not is_float(self.dtype):
@@ -134,7 +155,8 @@ class How:
     @property
     def words(self) -> str:
         """What was asked for, in words, for reports and histories."""
-        return self.target.words if self.weighing is None else f"{self.target.words} {self.weighing.words}"
+        more = ["" if self.weighing is None else self.weighing.words, "" if self.sketch_seed is None else "method=rsvd"]
+        return " ".join(filter(None, (self.target.words, *more)))
 
     def rule(self, name: str) -> Choose:
         """Return the rank rule of one module: the rank planned for it, or what the target says of its spectrum."""
@@ -228,6 +250,8 @@ def _truncate(
     try:
         if how.weighing is not None:
             return [how.weighing.truncate(*one) for one in zip(names, directions, rules, strict=True)]
+        if how.sketch_seed is not None:
+            return [_sketched(*one, how.sketch_seed) for one in zip(names, directions, rules, strict=True)]
         return list(factored.truncate_many(pairs, scales, rules))
     except NumericsError:
         if len(pairs) > 1:  # find the one at fault
@@ -236,3 +260,9 @@ def _truncate(
         if how.allow_nonfinite:
             return [None]
         raise
+
+
+def _sketched(name: str, u: LowRank, rule: Choose, seed: int) -> factored.Truncation:
+    from loratools.linalg import seeds, sketched
+
+    return sketched.truncate(u.b, u.a, rule, key=seeds.key_of(seed, name), scale=u.scale)

@@ -234,7 +234,7 @@ def test_refusals(options: dict[str, Any], error: type[Exception], match: str) -
 def test_what_has_no_channels_or_no_scale_is_refused() -> None:
     with pytest.raises(UsageError, match="no channels"):
         lt.slice(Adapter({"q.weight": Dense(np.ones((2, 2), np.float32))}), rank=1, scale_rule="keep")
+    unscaled = Adapter({"q.weight": LowRank(*pair())}, Meta(format="loralib", scaled=False))
     with pytest.raises(MissingScaleError, match="loralib"):
-        lt.slice(
-            Adapter({"q.weight": LowRank(*pair())}, Meta(format="loralib", scaled=False)), rank=1, scale_rule="keep"
-        )
+        lt.slice(unscaled, rank=1, scale_rule="sqrt")
+    assert not lt.slice(unscaled, rank=1, scale_rule="keep").meta.scaled  # it stays unknown

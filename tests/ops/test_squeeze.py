@@ -15,6 +15,7 @@ from loratools.core import pool
 from loratools.core.adapter import Adapter, Meta
 from loratools.errors import LoratoolsError, NumericsError, UsageError
 from loratools.kinds.dora import Dora
+from loratools.kinds.hadamard import Hadamard
 from loratools.kinds.lowrank import LowRank
 from loratools.kinds.replace import Replace
 from loratools.kinds.sum import Sum
@@ -295,3 +296,46 @@ def test_a_refit_needs_a_base_that_fits() -> None:
     zero_row = np.where(np.arange(10)[:, None] == 3, -u.direction.dense(), w).astype(np.float32)
     refit = lt.squeeze(one(u), rank=1, base={"layer.weight": zero_row})["layer.weight"]
     assert np.isfinite(refit.magnitude).all()
+
+
+def test_method_rsvd_is_near_the_optimum_and_says_its_error(digits: Path) -> None:
+    adapter = lt.load(digits / "r32")
+    exact, done = lt.squeeze(adapter, rank=4, method="exact"), lt.squeeze(adapter, rank=4, method="rsvd")
+    assert done.report is not None
+    assert exact.report is not None
+    assert done.meta.history == ("squeeze rank=4 method=rsvd",)
+    for name, u in adapter.items():
+        row, best = (next(r for r in x.report.modules if r["name"] == name) for x in (done, exact))  # type: ignore[union-attr]
+        whole = u.dense()  # type: ignore[attr-defined]
+        error = np.linalg.norm(whole - done[name].dense()) / np.linalg.norm(whole)  # type: ignore[attr-defined]
+        assert row["relative_error"] == pytest.approx(error, rel=1e-4)
+        assert best["relative_error"] <= row["relative_error"] * (
+            1 + 5e-4
+        )  # roundings too small to matter are left out
+        assert row["relative_error"] <= 1.003 * best["relative_error"]
+        assert row["energy"] == pytest.approx(1 - error**2, abs=1e-5)
+    again = lt.squeeze(adapter, rank=4, method="rsvd")
+    other = lt.squeeze(adapter, rank=4, method="rsvd", seed=1)
+    name = next(iter(adapter))
+    assert np.array_equal(again[name].dense(), done[name].dense())  # type: ignore[attr-defined]
+    assert not np.array_equal(other[name].dense(), done[name].dense())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"energy": 0.9}, {"error": 0.1}, {"size": "1MB"}, {"rank": 4, "uniform": True}, {"rank": 4, "nested": True},
+     {"rank": 4, "stats": {"q.in_diag": np.ones(3)}}],
+)  # fmt: skip
+def test_method_rsvd_knows_no_spectrum(digits: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="serves --rank N alone"):
+        lt.squeeze(lt.load(digits / "r4"), method="rsvd", **options)
+    with pytest.raises(UsageError, match="no such method"):
+        lt.squeeze(lt.load(digits / "r4"), rank=2, method="svd")
+
+
+def test_method_exact_forms_what_has_no_factors() -> None:
+    u = Hadamard.example(0)
+    adapter = Adapter({"h.weight": u})
+    exact = lt.squeeze(adapter, rank=1, method="exact")["h.weight"].dense()  # type: ignore[attr-defined]
+    left, s, right = np.linalg.svd(u.dense().astype(float), full_matrices=False)
+    assert np.allclose(exact, s[0] * np.outer(left[:, 0], right[0]), atol=1e-5)
