@@ -21,6 +21,8 @@ LEVELS: Mapping[str, str] = {
 FIX = "loratools check {path} --for {consumer} --fix -o OUT"
 FIX_BASE = "loratools check {path} --for {consumer} --base BASE --fix -o OUT"
 MERGE = "loratools merge BASE {path} -o OUT   # fold it into the base instead"
+DORA = "loratools merge BASE {path} -o OUT   # or the nearest LoRA: convert --to peft --type lora --base BASE"
+RECOVER = "loratools recover {path} --initial DIR -o OUT   # or --base BASE (PiSSA, OLoRA, KaSA): plain LoRA"
 
 
 class Evidence(NamedTuple):

@@ -6,10 +6,12 @@ from loratools.consumers import gguf_reader
 from loratools.consumers import peft_reader as reads
 from loratools.consumers.base import (
     CONSUMERS,
+    DORA,
     FAILS,
     FIX_BASE,
     MERGE,
     PARTLY,
+    RECOVER,
     STRENGTH,
     Evidence,
     Profile,
@@ -52,7 +54,7 @@ CONVERTER = tuple(
             "writes lora_alpha alone; rsLoRA and the patterns are not read",
             FIX_BASE,
         ),
-        ("converter-dora", FAILS, reads.dora, "stops at magnitudes; GGUF cannot hold them", MERGE),
+        ("converter-dora", FAILS, reads.dora, "stops at magnitudes; GGUF cannot hold them", DORA),
         ("converter-modules-to-save", FAILS, _whole_but_norms, "stops at whole tensors: unexpected name", FIX_BASE),
         ("converter-norms", PARTLY, _norms, "writes weights of norms, which the loader ignores", FIX_BASE),
         ("converter-tokens", FAILS, reads.tokens, "stops at trained rows of tokens: unexpected name", FIX_BASE),
@@ -61,7 +63,7 @@ CONVERTER = tuple(
         ("converter-not-linear", FAILS, reads.not_linear, "cannot hold convolutions", MERGE),
         ("converter-not-multiplying", FAILS, reads.not_multiplying, "needs factors of one rank", MERGE),
         ("converter-type", FAILS, reads.not_lora, "knows LoRA only", MERGE),
-        ("converter-altered-base", STRENGTH, reads.altered, "does not know that the base was altered", MERGE),
+        ("converter-altered-base", STRENGTH, reads.altered, "does not know that the base was altered", RECOVER),
     )
 )
 

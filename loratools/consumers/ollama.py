@@ -6,9 +6,11 @@ from loratools.consumers import gguf_reader
 from loratools.consumers import peft_reader as reads
 from loratools.consumers.base import (
     CONSUMERS,
+    DORA,
     FAILS,
     FIX_BASE,
     MERGE,
+    RECOVER,
     STRENGTH,
     UNSURE,
     Evidence,
@@ -59,7 +61,7 @@ PEFT = tuple(
         ("type", FAILS, reads.not_lora, "GGUF holds LoRA only", MERGE),
         ("not-linear", FAILS, reads.not_linear, "GGUF cannot hold convolutions", MERGE),
         ("not-multiplying", FAILS, reads.not_multiplying, "lora_A and lora_B must share their rank", MERGE),
-        ("dora", FAILS, reads.dora, "GGUF holds LoRA only", MERGE),
+        ("dora", FAILS, reads.dora, "GGUF holds LoRA only", DORA),
         ("modules-to-save", FAILS, reads.saved_modules, "GGUF adapters hold LoRA factors only", FIX_BASE),
         ("bias", FAILS, reads.bias_tensors, "GGUF adapters hold LoRA factors only", FIX_BASE),
         (
@@ -69,7 +71,13 @@ PEFT = tuple(
             "lora_alpha is written for the whole file; rsLoRA and the patterns are not read",
             FIX_BASE,
         ),
-        ("altered-base", STRENGTH, reads.altered, "the factors are relative to a base that is not altered here", MERGE),
+        (
+            "altered-base",
+            STRENGTH,
+            reads.altered,
+            "the factors are relative to a base that is not altered here",
+            RECOVER,
+        ),
     )
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loratools.consumers import peft_reader as reads
-from loratools.consumers.base import CONSUMERS, FAILS, MERGE, NOTE, STRENGTH, Profile, Recipe, Rule
+from loratools.consumers.base import CONSUMERS, DORA, FAILS, MERGE, NOTE, RECOVER, STRENGTH, Profile, Recipe, Rule
 from loratools.consumers.health import HEALTH
 from loratools.consumers.placement import both_trees, drift
 
@@ -18,7 +18,7 @@ RULES = (
         CONFIG,
     ),
     Rule("type", FAILS, reads.not_lora, "SGLang serves LoRA only", CONFIG, MERGE),
-    Rule("dora", FAILS, reads.dora, "DoRA is not served", CONFIG, MERGE),
+    Rule("dora", FAILS, reads.dora, "DoRA is not served", CONFIG, DORA),
     Rule("not-linear", FAILS, reads.not_linear, "only linear layers and embeddings can be adapted", CONFIG, MERGE),
     Rule("not-multiplying", FAILS, reads.not_multiplying, "lora_A and lora_B must share their rank", CONFIG, MERGE),
     Rule(
@@ -42,7 +42,7 @@ RULES = (
         reads.altered,
         "the factors are relative to a base that SGLang does not alter",
         CONFIG,
-        "save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA",
+        RECOVER,
     ),
     Rule(
         "expert-stacks",

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from loratools.consumers import peft_reader as reads
-from loratools.consumers.base import CONSUMERS, FAILS, MERGE, NOTE, PARTLY, STRENGTH, Evidence, Profile, Recipe, Rule
+from loratools.consumers.base import (
+    CONSUMERS,
+    FAILS,
+    MERGE,
+    NOTE,
+    PARTLY,
+    RECOVER,
+    STRENGTH,
+    Evidence,
+    Profile,
+    Recipe,
+    Rule,
+)
 from loratools.consumers.health import HEALTH
 from loratools.consumers.placement import both_trees, drift
 from loratools.consumers.subject import Subject
@@ -67,7 +79,7 @@ RULES = (
         reads.altered,
         "the factors are relative to a base that is not altered here",
         SOURCE,
-        "save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA",
+        RECOVER,
     ),
     Rule(
         "dora",

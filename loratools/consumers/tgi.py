@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from loratools.consumers import peft_reader as reads
-from loratools.consumers.base import CONSUMERS, FAILS, IDLE, MERGE, PARTLY, STRENGTH, Profile, Recipe, Rule
+from loratools.consumers.base import (
+    CONSUMERS,
+    DORA,
+    FAILS,
+    IDLE,
+    MERGE,
+    PARTLY,
+    RECOVER,
+    STRENGTH,
+    Profile,
+    Recipe,
+    Rule,
+)
 from loratools.consumers.health import HEALTH
 from loratools.consumers.placement import both_trees, drift
 
@@ -46,7 +58,7 @@ RULES = (
     ),
     Rule("modules", PARTLY, reads.last_names(MODULES), f"only these are adapted: {', '.join(MODULES)}", SOURCE, MERGE),
     Rule("gaps", PARTLY, reads.gaps, "a module type that one layer lacks is dropped in all layers", SOURCE, MERGE),
-    Rule("dora", PARTLY, reads.dora, "magnitudes are not looked up", SOURCE, MERGE),
+    Rule("dora", PARTLY, reads.dora, "magnitudes are not looked up", SOURCE, DORA),
     Rule("modules-to-save", PARTLY, reads.saved_modules, "only LoRA factors are looked up", SOURCE),
     Rule("bias", PARTLY, reads.bias_tensors, "only LoRA factors are looked up", SOURCE),
     Rule("trainable-tokens", PARTLY, reads.tokens, "only LoRA factors are looked up", SOURCE),
@@ -71,7 +83,7 @@ RULES = (
         reads.altered,
         "the factors are relative to a base that TGI does not alter",
         SOURCE,
-        "save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA",
+        RECOVER,
     ),
 )
 

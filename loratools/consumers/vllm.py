@@ -5,9 +5,11 @@ from __future__ import annotations
 from loratools.consumers import peft_reader as reads
 from loratools.consumers.base import (
     CONSUMERS,
+    DORA,
     FAILS,
     MERGE,
     NOTE,
+    RECOVER,
     STRENGTH,
     UNSURE,
     Evidence,
@@ -53,7 +55,7 @@ RULES = (
         "modules_to_save must be empty, and every tensor a LoRA factor",
         f"{HELPER}; vllm-project/vllm#9280",
     ),
-    Rule("dora", FAILS, reads.dora, "vLLM does not support DoRA", HELPER, MERGE),
+    Rule("dora", FAILS, reads.dora, "vLLM does not support DoRA", HELPER, DORA),
     Rule("bias", FAILS, reads.biases, "bias tensors are unsupported LoRA weights", MODEL),
     Rule("trainable-tokens", FAILS, reads.tokens, "every tensor must be a LoRA factor", MODEL),
     Rule("adapter-name", FAILS, reads.adapter_name, "keys with an adapter name are unsupported LoRA weights", MODEL),
@@ -88,7 +90,7 @@ RULES = (
         reads.altered,
         "the factors are relative to a base that vLLM does not alter",
         HELPER,
-        "save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA",
+        RECOVER,
     ),
     Rule(
         "expert-stacks",

@@ -23,10 +23,12 @@ from loratools.io.base import Base
 from loratools.kinds.lowrank import LowRank, low_rank, padded, restated, with_low_rank
 from loratools.kinds.rebased import Rebased
 from loratools.linalg.namespace import to_numpy, up
+from loratools.ops.altered import advice, initialisation, recover
 from loratools.outputs import check_target
 
 EXTRAS = ("replace", "replace_rows", "rebased", "dense")  # whole values and biases: they can live beside the factors
 BLOCK_BYTES = 16 << 20  # compared at once
+ALTERS = ("peft",)  # consumers that alter the base themselves where an adapter is relative to an altered one
 ONE_MODEL = ("peft", "mlx", "gguf")  # formats whose names are one model's own
 _PEFT_TYPE = {"peft_type": "LORA"}
 
@@ -58,6 +60,8 @@ def fix(
     recipe = CONSUMERS[consumer].recipe
     adapter = _repaired(subject)
     steps: list[str] = []
+    if consumer not in ALTERS:
+        adapter = _plain(adapter, subject.base, steps)
     if recipe.format in ONE_MODEL:
         adapter = _named(adapter, subject.base, steps)
     kept, extras = _parted(adapter, recipe, subject.base, steps)
@@ -81,6 +85,21 @@ def fix(
             meta = replace(adapter.meta, layout={}, config={}, siblings=(), readme=None)
             save(Adapter(extras, meta), aside, format="native", overwrite=overwrite)
     return Fixed(output, aside, (*extras, *stray), tuple(steps))
+
+
+def _plain(adapter: Adapter, base: Base | None, steps: list[str]) -> Adapter:
+    """Return an adapter of the original base: recovered from it where that is enough; else ConversionError."""
+    init = initialisation(adapter.meta.config)
+    if init is None:
+        return adapter
+    try:
+        done = recover(adapter, base=base)
+    except LoratoolsError as error:
+        raise ConversionError(
+            f"the factors are relative to a base that {init} altered: {error.what}", hint=advice(init)
+        ) from None
+    steps.append(f"made plain LoRA of the original base from {init}")
+    return replace(done, report=None)
 
 
 def _aside(output: Path) -> Path:

@@ -113,3 +113,28 @@ def test_an_embedding_that_is_the_bases_own_does_not_keep_its_update_from_the_co
     assert ("output.weight" in written) == own
     assert (done.aside is None) == own
     assert any("base's own" in step for step in done.steps) == own
+
+
+def test_an_adapter_of_an_altered_base_is_made_plain_or_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    w = rng.standard_normal((8, 8)) * 2.0 ** -np.arange(8)
+    u, s, vh = np.linalg.svd(w)
+    learned = LowRank((u[:, :2] * s[:2] * 1.1).astype(np.float32), vh[:2].astype(np.float32))
+    name = f"{HEAD}.q_proj.weight"
+
+    def trained(init: str) -> Path:
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "init_lora_weights": init}
+        made = Adapter({name: learned}, Meta(format="peft", namespace="hf", config=config))
+        return lt.save(made, tmp_path / init, format="peft")
+
+    base = Base.open({name: w.astype(np.float32)})
+    done = fix(read(trained("pissa"), base=base), "vllm", tmp_path / "plain")
+    assert any("original base" in step for step in done.steps)
+    d = lt.load(tmp_path / "plain")[name].dense()  # type: ignore[attr-defined]
+    assert np.abs(d - 0.1 * (u[:, :2] * s[:2]) @ vh[:2]).max() <= 1e-5  # fp32 factors ten times as large
+    assert check(tmp_path / "plain", "vllm", base=base).checks[0]["ok"]
+    for init, opened in (("pissa", None), ("corda", base)):
+        with pytest.raises(ConversionError, match=f"{init} altered") as caught:
+            fix(read(tmp_path / init if init == "pissa" else trained(init), base=opened), "vllm", tmp_path / "no")
+        assert "loratools recover" in str(caught.value.hint)
+    assert not (tmp_path / "no").exists()
