@@ -14,6 +14,7 @@ from loratools.core.adapter import Adapter, Meta
 from loratools.errors import FormatError, MismatchError, NeedsBaseError, UsageError
 from loratools.io.base import Base
 from loratools.kinds.dense import Dense
+from loratools.kinds.hadamard import Hadamard
 from loratools.kinds.lowrank import LowRank
 from loratools.kinds.stack import Stack
 from loratools.linalg.namespace import to_numpy
@@ -156,6 +157,16 @@ def test_experts_share_their_inputs() -> None:
         alone = lt.squeeze(Adapter({"x.weight": LowRank(b[e], a[e])}), rank=2, stats={"x.in_diag": q})
         got = to_numpy(done["m.experts.up"].dense())[e]  # type: ignore[attr-defined]
         assert np.allclose(got, alone["x.weight"].dense(), atol=1e-4)  # type: ignore[attr-defined]
+
+
+def test_updates_without_factors_are_weighted_too() -> None:
+    u = Hadamard.example(0)
+    q = np.linspace(0.1, 3, u.shape[1])
+    done = lt.squeeze(Adapter({"h.weight": u}), rank=2, stats={"h.in_diag": q})
+    d = u.dense().astype(float)
+    s = np.linalg.svd(d * q**0.5, compute_uv=False)
+    error = np.linalg.norm((d - done["h.weight"].dense()) * q**0.5)  # type: ignore[attr-defined]
+    assert error <= np.linalg.norm(s[2:]) + EXCESS * np.linalg.norm(s)
 
 
 def test_resize_takes_statistics() -> None:
