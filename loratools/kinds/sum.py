@@ -12,8 +12,9 @@ from loratools.core.generic import need_delta
 from loratools.core.routes import route
 from loratools.core.rows import Rows, rowwise
 from loratools.core.update import Array, Delta, Update, kind
-from loratools.errors import ConversionError, FormatError
+from loratools.errors import FormatError
 from loratools.kinds.dense import Dense
+from loratools.kinds.hadamard import thin
 from loratools.kinds.lowrank import LowRank, concatenate, low_rank
 
 
@@ -87,10 +88,7 @@ def _(u: Sum) -> Array:
 
 @route(Sum, LowRank, cost=2.0)
 def _concatenated(u: Sum) -> Update:
-    flat = low_rank(u)
-    if flat is None:
-        raise ConversionError("a part of the sum is not of low rank", expected="lowrank parts only")
-    return flat
+    return low_rank(u) or thin(u)
 
 
 @route(Sum, Dense, cost=10.0)

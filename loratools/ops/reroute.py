@@ -16,6 +16,7 @@ from loratools.kinds.lowrank import low_rank
 from loratools.kinds.rebased import Rebased
 from loratools.kinds.replace import Replace
 from loratools.kinds.replace_rows import ReplaceRows
+from loratools.kinds.sparse import Sparse
 from loratools.leaf import Leaf
 from loratools.linalg.namespace import up
 
@@ -33,7 +34,8 @@ class Target:
 
     def holds(self, u: Update) -> bool:
         """True if the format can say the update here; a source's own format can say all that it said."""
-        return (self.own and isinstance(u, self.format.accepts)) or self.says(u)
+        said = self.own and isinstance(u, self.format.accepts) and not isinstance(u, Sparse)
+        return said or self.says(u)
 
     def says(self, u: Update) -> bool:
         """True if the format has a place for this update here, whatever the source said."""

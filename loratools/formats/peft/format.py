@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from loratools.core.adapter import Adapter
-from loratools.errors import FormatError, UnsupportedError
+from loratools.errors import ConversionError, FormatError, UnsupportedError
 from loratools.formats.base import FORMATS, Format
 from loratools.formats.pairs import on_output_axis
 from loratools.formats.peft.keys import PREFIX, parse
@@ -33,9 +34,11 @@ class Peft(Format):
     accepts = (LowRank, Stack, Dora, Dense, Replace, ReplaceRows, Rebased, Sparse)
 
     def holds(self, adapter: Adapter, name: str) -> bool:
-        """Magnitudes over the output axis; differences of biases that PEFT itself wrote."""
+        """Magnitudes over the output axis; differences of biases that PEFT wrote; as many entries as SHiRA has."""
         if is_typed(adapter):
             return stays(adapter, name) or isinstance(adapter[name], Replace)
+        if isinstance(adapter[name], Sparse) and not _is_shira(adapter, name):
+            return False
         whole = isinstance(adapter[name], Dense) and adapter.meta.layout.get(name, {}).get("stored") != "lora_bias"
         return super().holds(adapter, name) and on_output_axis(adapter, name) and not whole
 
@@ -88,6 +91,17 @@ class Peft(Format):
                 hint="convert it to LORA with PEFT's own save_as_lora",
             )
         return said
+
+
+def _is_shira(adapter: Adapter, name: str) -> bool:
+    """Return whether PEFT would load a sparse update as SHiRA."""
+    from loratools.formats.peft.shira import legal_rank
+
+    try:
+        legal_rank(replace(adapter, updates={name: adapter[name]}))
+    except ConversionError:
+        return False
+    return True
 
 
 def _without_config(bundle: Bundle) -> FormatError:
