@@ -79,3 +79,33 @@ def test_wrong_usage(run: Callable[..., Any], digits: Path, inputs: Path, tmp_pa
         assert done.code == 2, args
         assert said in done.err, args
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_language_model_reads_text(run: Callable[..., Any], tmp_path: Path) -> None:
+    """Lines of different lengths are padded, and what is padding is not seen."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(["<pad>", "one", "two", "three"])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder, text, out = tmp_path / "llama", tmp_path / "text.txt", tmp_path / "stats.safetensors"
+    transformers.PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>").save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=4, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        llama = transformers.LlamaForCausalLM(config)
+    llama.save_pretrained(folder)
+    text.write_text("one two three\n\none\n")
+    assert run("stats", folder, "--text", text, "--gradients", "-o", out).code == 0
+    seen = load_file(out)
+    assert "model.layers.0.self_attn.q_proj.in_diag" in seen
+    layer = llama.model.layers[0]
+    tokens = torch.tensor([1, 2, 3, 1])  # without the padding
+    inputs = layer.input_layernorm(llama.model.embed_tokens(tokens)).detach().numpy()
+    assert np.allclose(seen["model.layers.0.self_attn.q_proj.in_diag"], (inputs**2).mean(0), rtol=1e-5)
+    assert seen["model.layers.0.mlp.down_proj.out_diag"].shape == (8,)
+    short = run("stats", folder, "--text", text, "--length", "1", "-o", tmp_path / "short.safetensors", "--json")
+    assert json.loads(short.out)["total"]["modules"] == 8
