@@ -39,6 +39,8 @@ _EXPORTS = {
     "tame": "loratools.ops.tame",
     "fuse": "loratools.ops.fuse",
     "compare": "loratools.ops.compare",
+    "collapse": "loratools.ops.collapse",
+    "routing": "loratools.ops.routing",
     "split": "loratools.ops.shards",
     "join": "loratools.ops.shards",
     "collect_stats": "loratools.calibrate.collect",

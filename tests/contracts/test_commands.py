@@ -15,9 +15,10 @@ COMMANDS = cli.main.list_commands(None)  # type: ignore[arg-type]
 FIXTURES = sorted(p.parent for p in (Path(__file__).parents[2] / "fixtures").glob("*/*/adapter_model.safetensors"))
 BASE = Path(__file__).parents[2] / "fixtures" / "digits" / "base"
 FRONT = {"merge": [BASE], "unmerge": [BASE], "extract": [BASE], "switch": [BASE, "--on"]}  # what comes before the input
-SPECIAL = {"unmerge", "extract", "recover", "switch", "dequantize", "stats"}  # not every adapter is an input of theirs
+SPECIAL = {"collapse", "unmerge", "extract", "recover", "routing", "switch", "dequantize", "stats"}  # not every adapter is an input of theirs
 TARGETS = {
     "check": ["--for", "peft"],
+    "collapse": ["--mean", "--dry-run"],
     "convert": ["--to", "native", "--dry-run"],
     "extract": ["--rank", "2", "--dry-run"],
     "compare": ["--base", str(BASE)],

@@ -27,6 +27,10 @@ REASONS: Mapping[str, tuple[str, str | None]] = {
         "X-LoRA mixes other adapters by a router, token by token and layer by layer: it is no update of weights",
         "read the adapters that it mixes, each by its own path",
     ),
+    "MIXLORA": (
+        "MixLoRA routes every token to some of its experts: it is no update of weights",
+        "loratools collapse makes a static adapter of some of its experts",
+    ),
     "LILY": ("Lily's router chooses how its shared factors mix from every input: it is no update of weights", None),
     "SHADOW": ("a shadow model is a second network beside the base: it is no update of the base's weights", None),
     "POLY": (
