@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from loratools.consumers.base import FAILS, FIX_BASE, PARTLY, Evidence, Rule, found, some
+from loratools.consumers.placement import drift
 from loratools.consumers.subject import Subject
 from loratools.errors import LoratoolsError
-from loratools.formats.trees import GGUF, tree_of
+from loratools.formats.trees import GGUF, to_theirs, tree_of
+from loratools.io.base import Base
 
 LOADER = "llama.cpp, src/llama-adapter.cpp"
 ARCH = "general.architecture"
@@ -70,8 +73,18 @@ def _tied_output(subject: Subject) -> Evidence | None:
     return some(keys) if tied and keys else None
 
 
+def _both_names(base: Base) -> Mapping[str, tuple[int, ...]]:
+    """Return the base's parameters by their own names and by llama.cpp's, where its model type is known."""
+    try:
+        tree = tree_of(GGUF, base.config.get("text_config", base.config)["model_type"], "llama.cpp")
+    except (LoratoolsError, KeyError):
+        return {}
+    theirs = {to_theirs(tree, name.removesuffix(".weight")): shape for name, shape in base.shapes.items()}
+    return {**base.shapes, **{f"{name}.weight": shape for name, shape in theirs.items() if name is not None}}
+
+
 AGAIN = "write the file again: loratools convert SOURCE --to gguf --base BASE -o OUT"
-RULES = tuple(
+_RULES = tuple(
     Rule(id, effect, find, reason, LOADER, mend, formats=("gguf",))
     for id, effect, find, reason, mend in (
         ("types", FAILS, _types, "the loader demands general.type adapter and adapter.type lora", AGAIN),
@@ -84,3 +97,4 @@ RULES = tuple(
         ("norms", PARTLY, _norms, "*_norm.weight is accepted and ignored", AGAIN),
     )
 )
+RULES = (*_RULES, *drift(_both_names, none=FAILS, some=FAILS, source=LOADER, formats=("gguf",)))

@@ -20,6 +20,7 @@ from loratools.consumers.base import (
     found,
 )
 from loratools.consumers.health import HEALTH
+from loratools.consumers.placement import both_trees, drift
 from loratools.consumers.subject import Subject
 
 SCRIPT = "llama.cpp, convert_lora_to_gguf.py"
@@ -67,6 +68,8 @@ CONVERTER = tuple(
     )
 )
 
+NAMES = drift(both_trees, none=FAILS, some=FAILS, source=SCRIPT, formats=("peft",))
+
 CONSUMERS.add("llama.cpp")(
     Profile(
         name="llama.cpp",
@@ -76,7 +79,7 @@ CONSUMERS.add("llama.cpp")(
         ran=True,
         reads=("gguf",),
         converts=("peft",),
-        rules=(*gguf_reader.RULES, *CONVERTER, *HEALTH),
+        rules=(*gguf_reader.RULES, *CONVERTER, *NAMES, *HEALTH),
         recipe=Recipe("gguf"),
     )
 )

@@ -46,10 +46,13 @@ def drift(
     tree: Tree = stored, *, none: str = IDLE, some: str = PARTLY, source: str, formats: tuple[str, ...] = ()
 ) -> tuple[Rule, ...]:
     """Return the rules about names (``none`` hits, ``some`` miss), and about shapes that do not fit."""
-    reason = "a name that the model does not have is skipped, mostly without a word"
+    all_miss, one_misses = (
+        f"a name that the model does not have is {'an error' if effect == FAILS else 'skipped, mostly without a word'}"
+        for effect in (none, some)
+    )
     return (
-        Rule("prefix-drift", none, lambda s: _missed(s, tree, whole=True), reason, source, FIX_BASE, formats),
-        Rule("missing-modules", some, lambda s: _missed(s, tree, whole=False), reason, source, FIX_BASE, formats),
+        Rule("prefix-drift", none, lambda s: _missed(s, tree, whole=True), all_miss, source, FIX_BASE, formats),
+        Rule("missing-modules", some, lambda s: _missed(s, tree, whole=False), one_misses, source, FIX_BASE, formats),
         Rule(
             "wrong-base", FAILS, lambda s: _misfit(s, tree), "the factors do not fit the base's parameters", source,
             "check the adapter with the base that it was trained on", formats,
@@ -81,7 +84,7 @@ def _missed(subject: Subject, tree: Tree, *, whole: bool) -> Evidence | None:
         return None
     known = tree(subject.base)
     hit, miss = hits(subject.modules, known)
-    if not miss or whole != (not hit):
+    if not known or not miss or whole != (not hit):  # a config alone names no parameters
         return None
     near = "; ".join(f"{path} (nearest: {nearest(path, known)})" for path in miss[:_CLOSEST])
     return Evidence(f"{len(hit)} of {len(subject.modules)} modules are in the base; missing: {near}", tuple(miss))

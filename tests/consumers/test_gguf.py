@@ -75,6 +75,8 @@ FAULTS: dict[str, tuple[str, Any]] = {
     "suffix": ("suffix", lambda t, m: (t | {"blk.0.attn_q.bias": next(iter(t.values()))}, m)),
     "half": ("half-pairs", lambda t, m: (dict(list(t.items())[1:]), m)),
     "norms": ("norms", lambda t, m: (t | {"blk.0.attn_norm.weight": next(iter(t.values()))}, m)),
+    "another layer": ("missing-modules", lambda t, m: ({k.replace("blk.1.", "blk.7."): x for k, x in t.items()}, m)),
+    "other names": ("prefix-drift", lambda t, m: ({k.replace("blk.", "block."): x for k, x in t.items()}, m)),
     "architecture": ("architecture", lambda t, m: (t, m | {"general.architecture": "qwen2"})),
 }
 
@@ -118,3 +120,11 @@ def test_ollama_converts_two_architectures_only(llama: Any, tmp_path: Path) -> N
     said = json.loads((other / "config.json").read_text()) | {"model_type": "qwen2"}
     (other / "config.json").write_text(json.dumps(said))
     assert "architecture" in bad(tmp_path / "a", other, "ollama")
+
+
+def test_a_base_of_which_no_names_are_known_is_no_reason(llama: Any, tmp_path: Path) -> None:
+    llama.adapter(tmp_path / "a")
+    fix(read(tmp_path / "a", base=Base.open(llama.base)), "llama.cpp", tmp_path / "a.gguf")
+    other = Base({}, config={"model_type": "unheard_of"})
+    found = judged(read(tmp_path / "a.gguf", base=other), "llama.cpp")
+    assert not {f.id for f in found} & {"llama.cpp/prefix-drift", "llama.cpp/missing-modules"}

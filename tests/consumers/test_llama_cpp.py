@@ -163,6 +163,9 @@ FAULTS: dict[str, Any] = {
     "half-pairs": lambda t, m: (dict(list(t.items())[1:]), m),
     "architecture": lambda t, m: (t, m | {"general.architecture": "qwen2"}),
     "norms": lambda t, m: (t | {"blk.0.attn_norm.weight": next(iter(t.values()))}, m),
+    "missing-modules": lambda t, m: ({k.replace("blk.1.", "blk.7."): x for k, x in t.items()}, m),
+    "prefix-drift": lambda t, m: ({k.replace("blk.", "block."): x for k, x in t.items()}, m),
+    "wrong-base": lambda t, m: (t | {"blk.1.ffn_down.weight.lora_b": t["blk.1.ffn_down.weight.lora_b"].rows(0, 16)}, m),
     "shapes": lambda t, m: (t | {"blk.0.attn_q.weight.lora_a": t["blk.0.attn_q.weight.lora_a"].rows(0, 2)}, m),
 }
 
@@ -208,14 +211,17 @@ MADE: dict[str, Any] = {
     "lora_bias": {"lora_bias": True},
     "tokens": {"trainable_token_indices": [1, 2]},
     "head": {"target_modules": ["lm_head", "q_proj"]},
+    "another layer": {},
 }
 
 
 @pytest.mark.skipif(not CONVERTER.is_file(), reason="LORATOOLS_LLAMA_CPP names no llama.cpp checkout")
 @pytest.mark.parametrize("name", MADE)
-def test_the_converter(name: str, llama: Any, model: Path, tmp_path: Path) -> None:
+def test_the_converter(name: str, llama: Any, model: Path, plant: Any, tmp_path: Path) -> None:
     """Where it stops we say so; where it does not, what comes out has the strength that we say."""
     llama.adapter(tmp_path / "a", **{"lora_alpha": 32, **MADE[name]})
+    if name == "another layer":
+        plant(tmp_path / "a", tensors=lambda t: {k.replace("layers.1.", "layers.7."): x for k, x in t.items()})
     found = {
         f.effect for f in judged(read(tmp_path / "a", base=Base.open(llama.base)), "llama.cpp") if FOREIGN not in f.id
     }
