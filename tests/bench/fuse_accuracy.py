@@ -26,7 +26,7 @@ from loratools.fusion.base import FUSIONS
 ROOT = Path(__file__).parents[2]
 GROUPS = ("56", "78", "90")
 ALL = "".join(GROUPS)
-SIZES = (0.2, 0.3333, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
+SIZES = (0.1, 0.15, 0.2, 0.25, 0.3333, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.0)
 
 
 def loaded(name: str, path: Path) -> ModuleType:
@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    digits.deterministic()
+    digits.deterministic(threads=1)
     adapters = [lt.load(digits.DIGITS / f"group-{g}") for g in GROUPS]
     judge = Judge.new()
     beside: dict[str, Any] = {"base": judge.tested()}
