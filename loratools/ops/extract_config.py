@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from loratools.core.update import Update
+from loratools.formats.peft.orientation import by_model
 from loratools.io.base import Base
 from loratools.kinds.replace import Replace
 
-CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-"""Model types whose ``c_*`` modules store (in, out)."""
-_CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
 _INPUTS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
 PREFIX = "base_model.model."
 
@@ -64,8 +62,7 @@ def _is_input(name: str) -> bool:
 
 def is_turned(name: str, base: Base) -> bool:
     """True for a parameter stored (in, out): GPT-2's Conv1D, known by model type and module name."""
-    module = name.removesuffix(".weight").rpartition(".")[2]
-    return base.config.get("model_type") in CONV1D and module in _CONV1D_MODULES
+    return by_model(name.removesuffix(".weight"), base.config.get("model_type")) == "in_out"
 
 
 def _factor_layout(name: str, turned: bool) -> dict[str, Any]:

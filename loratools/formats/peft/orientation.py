@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from typing import Literal
 
 from loratools.errors import MismatchError
+from loratools.formats.modules import CONV1D
 
 Orientation = Literal["out_in", "in_out"]
 Shape = tuple[int | None, int | None]
+CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
+"""The ``Conv1D`` of GPT-2 and its kin; their other modules are ``nn.Linear``."""
 
 
 def orientations(
@@ -35,6 +38,13 @@ def orientations(
     decided = set(seen.values()) - {None}
     rest: Orientation = "in_out" if decided == {"in_out"} else said  # some types leave the flag of a Conv1D model false
     return {path: orientation or by_type.get(_type(path), rest) for path, orientation in seen.items()}
+
+
+def by_model(path: str, model_type: object) -> Orientation | None:
+    """Return the orientation that a model of this type gives the module, None where its type does not tell."""
+    if model_type not in CONV1D:
+        return None
+    return "in_out" if _type(path) in CONV1D_MODULES else "out_in"
 
 
 def contradicted(turned: Mapping[str, Orientation], fan_in_fan_out: bool) -> str | None:

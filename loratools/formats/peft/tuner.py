@@ -23,7 +23,7 @@ from loratools.formats.pairs import EMBEDDINGS
 from loratools.formats.peft.fields import Fields
 from loratools.formats.peft.forms.form import Found, Remark, need_elements, told
 from loratools.formats.peft.lora_sort import Parts, sort_keys
-from loratools.formats.peft.orientation import Orientation, contradicted, fits, orientations
+from loratools.formats.peft.orientation import Orientation, by_model, contradicted, fits, orientations
 from loratools.formats.peft.reading import Reading
 from loratools.formats.peft.tuner_keys import parser
 from loratools.io.base import Base
@@ -288,6 +288,10 @@ class Tuner(ABC):
         rest = {path: size for path, size in flat.items() if path not in embedded}
         known = None if model.base is None else {path: model.stored[f"{path}.weight"] for path in rest}
         turned = orientations(rest, model.fields.flag("fan_in_fan_out"), known)
+        if known is not None and model.base is not None:
+            open_paths = [p for p, size in rest.items() if fits(size, known[p]) and fits(size[::-1], known[p])]
+            told = {path: by_model(path, model.base.config.get("model_type")) for path in open_paths}
+            turned |= {path: orientation for path, orientation in told.items() if orientation is not None}
         inner = embedded | {path for path, orientation in turned.items() if orientation == "in_out"}
         return [Module(m.path, m.parts, model, sizes[m.path], m.path in inner) for m in bare], turned
 

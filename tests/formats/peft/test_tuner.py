@@ -184,3 +184,32 @@ def test_bone_is_miss_under_its_older_name(oracle: Callable[..., Any]) -> None:
 def test_every_type_of_peft_is_in_the_docs() -> None:
     text = (Path(__file__).parents[3] / "docs/formats/peft.md").read_text()
     assert [name for name in peft.PeftType.__members__ if f"`{name}`" not in text and name != "LORA"] == []
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [("FourierFTConfig", {"n_frequency": 9}), ("RandLoraConfig", {"r": 8}), ("VeraConfig", {"r": 3})],
+)
+def test_conv1d_and_linear_side_by_side_are_told_by_the_class_of_the_model(
+    config: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """The flag of the config is for all modules, and the last of them decides it; sizes tell little or nothing."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    small = {"vocab_size": 40, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 8, "tie_word_embeddings": False}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**small))
+    model.save_pretrained(tmp_path / "base")
+    before = {name: t.detach().clone().numpy() for name, t in model.state_dict().items()}
+    said = getattr(peft, config)(target_modules=["attn.c_attn", "attn.c_proj", "lm_head"], **fields)
+    adapted = peft.get_peft_model(model, said)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape) * 0.3)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    found = lt.load(tmp_path / "adapter", base=tmp_path / "base")
+    merged = adapted.merge_and_unload().state_dict()
+    assert len(found) == 3
+    for name, u in found.items():
+        d = merged[name].double().numpy() - before[name]
+        assert np.abs(u.dense() - d).max() <= 1e-6 * max(np.abs(d).max(), 0.2), name
