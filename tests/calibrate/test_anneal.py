@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 import loratools as lt
-from loratools.errors import UnsupportedError, UsageError
+from loratools.errors import MissingExtraError, UnsupportedError, UsageError
 
 torch = pytest.importorskip("torch", reason="needs the extra calibrate")
 peft = pytest.importorskip("peft", reason="needs the extra calibrate")
@@ -166,6 +168,14 @@ def test_schedules() -> None:
                     {"target": 2, "optimizer_state": "keep"}):  # fmt: skip
         with pytest.raises(UsageError):
             RankAnnealer(**options)
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "loratools.calibrate.anneal")
+    with pytest.raises(MissingExtraError) as caught:
+        importlib.import_module("loratools.calibrate.anneal")
+    assert "loratools[calibrate]" in str(caught.value)
 
 
 def test_what_is_not_annealed_is_refused() -> None:
