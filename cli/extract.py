@@ -97,6 +97,7 @@ def command(
     """
     from loratools import gates
     from loratools.cli import _model, _session
+    from loratools.errors import MismatchError
     from loratools.io.output import check_output
     from loratools.ops.extract import extract
     from loratools.ops.ranks import Target
@@ -129,6 +130,10 @@ def command(
             dtype=dtype,
             seed=seed,
         )
+    if not done:
+        told = () if done.report is None else done.report.warnings
+        raise MismatchError("there is nothing to write", file=tuned_path, expected="a model that differs from BASE",
+                            got="; ".join(told) or "no parameter that differs")  # fmt: skip
     to = _session.Target(target, overwrite, dry_run, as_json, quiet)
     assert done.report is not None
     return _session.deliver(done, [], to, gate, columns=COLUMNS, worst="relative_error", base=base, format=format,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
+from statistics import median
 from typing import Any
 
 from loratools.core.adapter import Adapter
@@ -29,11 +30,13 @@ from loratools.report import Report, Row
 BY_BASE = ("pissa", "olora", "kasa")  # what was taken from the base follows from the base alone
 UNSURE = 1e-2  # relative error from which a recomputed initial product is not unique enough
 EPS32 = 1.2e-7
+ALIKE = 0.5  # cosine of a factor with its start: training moves it little, and another's start is about orthogonal
 UNITS = {
     "rank_before": "columns of the factors as stored",
     "rank_after": "columns of the factors relative to the original base",
     "update_norm": "Frobenius norm of the update relative to the original base",
     "cancelled": "Frobenius norm of the initial product / update_norm: what was never learned",
+    "similarity": "cosine of a with that of the initial adapter: near 1 for the start of the same training",
     "uncertainty": "error of the recomputed initial product / update_norm, estimated (0 with --initial)",
 }
 
@@ -84,7 +87,7 @@ def recover(adapter: Adapter, *, initial: Adapter | None = None, base: BaseLike 
             continue
         start, unsure = _start(name, learned, init, initial, opened, adapter)
         updates[name], row = _difference(name, update, learned, start, unsure)
-        rows.append(row)
+        rows.append({**row, "similarity": None if initial is None else _similarity(learned, start)})
     meta = replace(
         adapter.meta,
         config=_plain(adapter.meta.config),
@@ -148,6 +151,11 @@ def _start(
                 "the initial adapter does not have this module", file=initial.meta.path, parameter=name,
                 expected=learned.shape, got="nothing" if found is None else found.shape,
             )  # fmt: skip
+        if not factored.frobenius(found.b, found.a, scale=found.scale):
+            raise MismatchError(
+                f"the initial adapter changes nothing here: {init} did not begin like that",
+                file=initial.meta.path, parameter=name, expected="the adapter that was saved before training",
+            )  # fmt: skip
         return found, 0.0
     assert base is not None  # _check_possible
     stored = base.resolve([name])[name]
@@ -159,6 +167,15 @@ def _start(
         raise UnsupportedError("OLoRA on a transposed (Conv1D) parameter: not recomputed", parameter=name)
     w = up(base[stored], "float64")
     return _BY_BASE[init](w, learned) if w.ndim == 2 else _refuse(name)
+
+
+def _similarity(learned: LowRank, start: LowRank) -> float | None:
+    """Return the cosine of a with its start: training moves factors little; None where the ranks differ."""
+    a, a0 = up(learned.a, "float64"), up(start.a, "float64")
+    if a.shape != a0.shape:
+        return None
+    xp = namespace(a)
+    return float(xp.sum(a * a0)) / sqrt(max(float(xp.sum(a * a)) * float(xp.sum(a0 * a0)), 1e-300))
 
 
 def _refuse(name: str) -> tuple[LowRank, float]:
@@ -238,5 +255,11 @@ def _report(rows: Sequence[Row], init: str, done: Adapter) -> Report:
         "update_norm": sum(row["update_norm"] ** 2 for row in rows) ** 0.5,
         "uncertainty": max((row["uncertainty"] for row in rows), default=0.0),
     }
+    alike = [row["similarity"] for row in rows if row["similarity"] is not None]
+    doubt = (
+        [f"the initial adapter hardly resembles this one (median cosine {median(alike):.2f}): is it of this training?"]
+        if alike and median(alike) < ALIKE
+        else []
+    )
     loftq = ["LoftQ: exact up to what its quantised start missed of the original weights"] if init == "loftq" else []
-    return Report("loratools.recover/1", tuple(rows), total, UNITS, (*done.meta.remarks, *loftq))
+    return Report("loratools.recover/1", tuple(rows), total, UNITS, (*done.meta.remarks, *loftq, *doubt))

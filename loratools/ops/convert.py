@@ -120,7 +120,7 @@ def _plain(adapter: Adapter, initial: Adapter | None, base: Base | None, *, keep
         done = recover(adapter, initial=initial, base=base)
         total = _report_of(done).total
         told = f"made plain LoRA of the original base from {init}: rank {total['rank_before']} -> {total['rank_after']}"
-        return replace(done, report=None), [told]
+        return replace(done, report=None), [told, *_report_of(done).warnings[len(done.meta.remarks) :]]
     if not keep:
         refuse_altered([adapter], altered_base=False)
     return replace(adapter, report=None), []

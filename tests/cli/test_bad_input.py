@@ -219,3 +219,11 @@ def test_a_pickle_that_would_execute_something_does_not(run: Callable[..., Any],
     result = run("squeeze", path, "--rank", 2)
     assert result.code == 2
     assert not (tmp_path / "executed").exists()
+
+
+def test_extracting_from_equal_models_says_so(run: Callable[..., Any], tmp_path: Path) -> None:
+    base = Path(__file__).parents[2] / "fixtures" / "digits" / "base"
+    done = run("extract", base, base, "--rank", "2", "-o", tmp_path / "out")
+    assert (done.code, done.out) == (2, "")
+    assert "nothing to write" in done.err
+    assert not (tmp_path / "out").exists()

@@ -57,6 +57,18 @@ def test_half_precision_does_not_cancel(rng: Any) -> None:
     assert np.linalg.norm(2 * tall @ wide - d) > 0.5 * np.linalg.norm(d)
 
 
+def test_another_initial_adapter_is_noticed(rng: Any) -> None:
+    start, end = pair(rng)
+    other, zero = pair(rng)[0], LowRank(np.zeros((20, 3)), start.a, 2.0)
+    right, wrong = (recover(adapter(end, "corda"), initial=adapter(u, True)).report for u in (start, other))
+    assert right is not None
+    assert wrong is not None
+    assert not right.warnings
+    assert any("is it of this training" in line for line in wrong.warnings)
+    with pytest.raises(MismatchError, match="changes nothing"):
+        recover(adapter(end, "corda"), initial=adapter(zero, True))
+
+
 def test_a_dora_keeps_its_magnitude(rng: Any) -> None:
     start, end = pair(rng)
     m = rng.random(20) + 1
