@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import ClassVar, Self
 
+from loratools.core import generic
 from loratools.core.coat import Coat, loaded
 from loratools.core.generic import need_delta, transposed
-from loratools.core.rows import Rows, rowwise
-from loratools.core.update import Array, Delta, kind, shape_of, working_dtype
-from loratools.kinds.lowrank import LowRank, low_rank
+from loratools.core.rows import Rows, row_ranges, rowwise
+from loratools.core.update import Array, Delta, kind, namespace, shape_of, working_dtype
+from loratools.kinds.formed import inner_formed
+from loratools.kinds.lowrank import LowRank
 from loratools.linalg import seeds
-from loratools.linalg.namespace import up
+from loratools.linalg.namespace import dtype_name, up
+
+BLOCK_BYTES = 8 << 20  # of rows of W taken at once
 
 
 @kind("modulated")
@@ -39,7 +46,7 @@ class Modulated(Coat):
 
 @dataclass(frozen=True)
 class ModulatedDelta(Delta):
-    """D = base o F. With F = sum_j b_j a_j^T, D x = sum_j b_j o (W (a_j o x)): nothing of W's size is formed."""
+    """D = base o F, formed some rows at a time: for a factor of rank r that is cheaper than r products with W."""
 
     kind: ClassVar[str] = "modulated delta"
     base: Array
@@ -55,32 +62,30 @@ class ModulatedDelta(Delta):
         return self.base * self.factor.dense()
 
     def matmul(self, x: Array) -> Array:
-        """Return D x; O(m n r k) for a factor of rank r, formed where it has none."""
-        return self._product(x, transposed=False)
+        """Return D x; O(m n (r + k))."""
+        x = up(x, working_dtype(self.base, x))
+        return namespace(x).concat([part @ x for _, part in self._rows(dtype_name(x))])
 
     def rmatmul(self, y: Array) -> Array:
-        """Return D^T y; cost as for :meth:`matmul`."""
-        return self._product(y, transposed=True)
+        """Return D^T y; O(m n (r + k))."""
+        y = up(y, working_dtype(self.base, y))
+        return reduce(add, (part.T @ y[start : start + part.shape[0], :] for start, part in self._rows(dtype_name(y))))
 
-    def _product(self, x: Array, *, transposed: bool) -> Array:
-        dtype = working_dtype(self.base, x)
-        w, x = up(self.base, dtype).reshape(self.matrix_shape), up(x, dtype)
-        flat = low_rank(self.factor)
-        if flat is None:
-            d = w * self.factor.matrix()
-            return d.T @ x if transposed else d @ x
-        b, a = flat.factors(dtype)
-        w, left, right = (w.T, a.T, b.T) if transposed else (w, b, a)
-        parts = (left[:, j : j + 1] * (w @ (right[j, :][:, None] * x)) for j in range(flat.rank))
-        total = next(parts)
-        for part in parts:
-            total = total + part
-        return flat.scale * total
+    def _rows(self, dtype: str) -> Iterator[tuple[int, Array]]:
+        """Yield the rows of the matrix view in blocks, each with the number of its first."""
+        w = up(self.base, dtype).reshape(self.matrix_shape)
+        rows = rowwise(self.factor)
+        for start, stop in row_ranges(w, BLOCK_BYTES) if rows is not None else [(0, w.shape[0])]:
+            part = self.factor if rows is None else need_delta(rows(start, stop))
+            yield start, w[start:stop, :] * up(part.matrix(), dtype)
 
     @classmethod
     def example(cls, seed: int) -> Self:
         """The difference that the example of :class:`Modulated` makes to a random base."""
         return cls(seeds.uniform(seeds.key_of(seed, "base"), 5, 7) - 0.5, LowRank.example(seed))
+
+
+generic.inner.register(ModulatedDelta)(inner_formed)
 
 
 @rowwise.register(Modulated)

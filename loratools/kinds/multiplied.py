@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar, Self
 
+from loratools.core import generic
 from loratools.core.coat import Coat, loaded
 from loratools.core.generic import need_delta, transposed
 from loratools.core.rows import Rows, rowwise
 from loratools.core.update import Array, Delta, kind, shape_of, working_dtype
 from loratools.errors import FormatError
 from loratools.kinds.block_diagonal import BlockDiagonal
+from loratools.kinds.formed import inner_formed
 from loratools.kinds.lowrank import LowRank, low_rank
 from loratools.linalg import seeds
 from loratools.linalg.namespace import up
@@ -84,6 +86,9 @@ class MultipliedDelta(Delta):
     def example(cls, seed: int) -> Self:
         """The difference that the example of :class:`Multiplied` makes to a random base."""
         return cls(seeds.uniform(seeds.key_of(seed, "base"), 5, 8) - 0.5, BlockDiagonal.example(seed))
+
+
+generic.inner.register(MultipliedDelta)(inner_formed)
 
 
 @low_rank.register(MultipliedDelta)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+from loratools.core import generic
 from loratools.core.coat import Coat
 from loratools.core.generic import transposed
 from loratools.core.rows import Rows, rowwise, slice_rows
 from loratools.core.update import Array, Delta, Leaf, kind, namespace, shape_of, working_dtype
 from loratools.errors import FormatError
 from loratools.kinds.dora import along
+from loratools.kinds.formed import inner_formed
 from loratools.linalg import seeds
 from loratools.linalg.namespace import up
 
@@ -82,6 +84,9 @@ class ScaledDelta(Delta):
         """The difference that the example of :class:`Scaled` makes to a random base."""
         u = Scaled.example(seed)
         return cls(seeds.uniform(seeds.key_of(seed, "base"), 5, 7) - 0.5, u.gain - 1.0)  # type: ignore[operator]
+
+
+generic.inner.register(ScaledDelta)(inner_formed)
 
 
 @rowwise.register(Scaled)

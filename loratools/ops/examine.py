@@ -109,21 +109,25 @@ def _figures(part: Part, w: Array, matrix: Array, side: BaseSide, asked: Asked) 
         return {}
     delta = part.update.delta(w)
     op = matrix_of(delta, turned=part.turned)
-    sizes = {**_spectrum(part.update, delta), **size_figures(delta, op, side, asked.key)}
+    sizes = size_figures(delta, op, side, asked.key)
+    sizes |= _spectrum(part.update, delta, sizes)
     if sizes["update_norm"] == 0:
         return {**sizes, **no_intruders(asked.k, *matrix.shape)}
     return {**sizes, **intruder_figures(matrix, op, asked)}
 
 
-def _spectrum(update: Update, delta: Delta) -> dict[str, Any]:
-    """Return the spectrum of what a coat adds to its base, by its factors where its rank is bounded.
+def _spectrum(update: Update, delta: Delta, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the spectrum of what a coat adds to its base: all of it where its rank is bounded, else what norms tell.
 
     That of a DoRA is its direction's, which needs no base.
     """
     if not isinstance(update, Coat):
         return {}
     flat = low_rank(delta)
-    return spectrum_figures(_floats(generic.svdvals(delta if flat is None else flat)))
+    if flat is not None:
+        return spectrum_figures(_floats(generic.svdvals(flat)))
+    whole, first = sizes["update_norm"], (sizes["relative_spectral_norm"] or 0.0) * sizes["base_spectral_norm"]
+    return {"spectral_norm": first, "frobenius_norm": whole, "stable_rank": (whole / first) ** 2 if first else 0.0}
 
 
 def _moved(before: Update, after: Update) -> float | None:

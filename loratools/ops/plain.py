@@ -72,7 +72,7 @@ def plain(adapter: Adapter, base: BaseLike | None, *, rank: int | None = None) -
         if len(d.shape) == 1:
             return Dense(d.dense())
         new, bound, exact = _factors(name, d, rank)
-        total, lost = _squares(d, new, exact=exact)
+        total, lost = _squares(u, d, new, exact=exact)
         found[name] = Original(u, bound, total, lost)
         return new
 
@@ -110,8 +110,14 @@ def _finite(x: Array) -> Array:
     return x
 
 
-def _squares(d: Delta, new: LowRank, *, exact: bool) -> tuple[float, float]:
-    """Return |D|_F^2 and |D - new|_F^2, some columns at a time; 0 for the second where it is rounding alone."""
+def _squares(u: Update, d: Delta, new: LowRank, *, exact: bool) -> tuple[float, float]:
+    """Return |D|_F^2 and |D - new|_F^2, the second 0 where it is rounding alone.
+
+    What a coat makes of its base is formed, as large as the base that is there; operators some columns at a time.
+    """
+    if not isinstance(u, Delta):
+        formed = d.matrix()
+        return square(formed), 0.0 if exact else square(formed - new.matrix())
     b, _ = new.factors()
     xp, n, total, lost = namespace(b), d.matrix_shape[1], 0.0, 0.0
     for start in range(0, n, BLOCK):

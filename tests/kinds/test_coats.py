@@ -62,7 +62,7 @@ def test_rows_alone_are_rows_of_the_whole(name: str) -> None:
 def test_the_transpose_changes_the_transposed_base(name: str) -> None:
     u = KINDS[name].example(3)
     w = base_for(u)
-    if name == "network":  # of columns: no network of rows is the same
+    if name in ("network", "bat"):  # PEFT has them on nn.Linear alone, and no kind says the same of rows
         with pytest.raises(ConversionError):
             transposed(u)
         return
