@@ -33,7 +33,7 @@ FRONTIER: tuple[_show.Column, ...] = (
 @click.option("--bits", type=int, help="1, 2, 3, 4 or 8 bits for every component.")
 @click.option("--avg-bits", type=float, help="Bits per stored weight, scales counted, shared out where they help most.")
 @click.option("--size", metavar="BYTES", help="Most accurate file of at most 500000, 20MB (10^6) or 20MiB (2^20).")
-@click.option("--group", type=int, default=0, help="Entries per scale, e.g. 128 (default: one scale per vector).")
+@click.option("--group", type=int, default=0, help="Entries per scale (default: whole vectors, 128 where it helps).")
 @click.option(
     "--scheme",
     default="lowbit",

@@ -13,9 +13,9 @@ from loratools.core.rows import Rows, rowwise
 from loratools.core.update import Array, Delta, Leaf, Update, kind, namespace, shape_of
 from loratools.errors import FormatError
 from loratools.kinds.lowrank import LowRank, low_rank
-from loratools.linalg.bits import pack, row_bytes, unpack_levels
+from loratools.linalg.bits import pack, row_bytes, unpack_from, unpack_levels
 from loratools.linalg.factored import SVD, truncate
-from loratools.linalg.levels import BITS, EVEN_BOOK, GAUSS_BOOK
+from loratools.linalg.levels import BITS, EVEN_BOOK, GAUSS_BOOK, levels
 from loratools.linalg.lowbit import HALF, LowBit, encode, groups
 from loratools.linalg.namespace import device_of, down, up
 
@@ -37,8 +37,8 @@ class Packed(Delta):
     ``runs`` says bits, count, bits, count, ... of the components in their order; 16 bits are plain fp16 values. Of each
     run the codes hold first the vectors of b, then those of a, each vector beginning a byte, code i in bits i * b
     onwards, little end first; the scales likewise, one per vector or per ``group`` of entries. ``book`` names the
-    levels (:mod:`loratools.linalg.levels`: 0 Gaussian, 1 evenly spaced). Decoding is a product of two fp32 numbers per
-    entry, so it gives the same bits everywhere. Raises :class:`FormatError` where sizes disagree.
+    levels (:mod:`loratools.linalg.levels`: 0 Gaussian, 1 evenly spaced; even above 8 bits). Decoding is a product of
+    two fp32 numbers per entry, so it gives the same bits everywhere. Raises :class:`FormatError` where sizes disagree.
     """
 
     codes: Leaf | Array
@@ -65,33 +65,40 @@ class Packed(Delta):
         """Number of stored components."""
         return sum(self.runs[1::2])
 
-    def unpacked(self) -> LowRank:
-        """Return the factors as leaves that unpack when read (fp32); without components, a zero column and row."""
+    def unpacked(self, dtype: str = "float32") -> LowRank:
+        """Return the factors as leaves that unpack when read; without components, a zero column and row.
+
+        Narrower dtypes than fp32 hold the fp32 values rounded once.
+        """
         m, n = self.matrix_shape
         k = max(self.rank, 1)
-        b = Leaf((k, m), "float32", lambda out: self._side(0)).T
-        return LowRank(b, Leaf((k, n), "float32", lambda out: self._side(1)), 1.0, self.shape)
+        b = Leaf((k, m), dtype, lambda out: self._side(0, dtype)).T
+        return LowRank(b, Leaf((k, n), dtype, lambda out: self._side(1, dtype)), 1.0, self.shape)
 
-    def _side(self, side: int) -> Array:
-        """Return one factor, transposed for b: fp32 (k, size)."""
+    def _side(self, side: int, dtype: str) -> Array:
+        """Return one factor, transposed for b: (k, size)."""
         size = self.matrix_shape[side]
         codes, scales = (t.read() if isinstance(t, Leaf) else t for t in (self.codes, self.scales))
         xp = namespace(codes)
-        parts = [
-            self._part(run, side, size, codes, scales) for run in laid_out(self.runs, *self.matrix_shape, self.group)
-        ]
-        return xp.concat(parts) if parts else xp.zeros((1, size), dtype=xp.float32, device=device_of(codes))
+        runs = laid_out(self.runs, *self.matrix_shape, self.group)
+        parts = [self._part(run, side, size, codes, scales, dtype) for run in runs]
+        if not parts:
+            return down(xp.zeros((1, size), dtype=xp.float32, device=device_of(codes)), dtype)
+        return parts[0] if len(parts) == 1 else xp.concat(parts)
 
-    def _part(self, run: Run, side: int, size: int, codes: Array, scales: Array) -> Array:
+    def _part(self, run: Run, side: int, size: int, codes: Array, scales: Array, dtype: str) -> Array:
         xp, per = namespace(codes), groups(size, self.group)
         at, width = run.codes[side], vector_bytes(size, run.bits)
         block = codes[at : at + run.number * width]
         scale = up(scales[run.scales[side] : run.scales[side] + run.number * per]).reshape(run.number, per)
         if run.bits == HALF:
             value = up(xp.asarray(block, copy=True).view(xp.float16)).reshape(run.number, size)
+        elif not self.group:  # few different values: they are scaled and rounded before they are looked up
+            table = down(levels(run.bits, self.book, codes)[None, :] * scale, dtype)
+            return unpack_from(table, block.reshape(run.number, width), run.bits, size)
         else:
             value = unpack_levels(block.reshape(run.number, width), run.bits, size, self.book)
-        return value * (xp.repeat(scale, self.group, axis=1)[:, :size] if self.group else scale)
+        return down(value * (xp.repeat(scale, self.group, axis=1)[:, :size] if self.group else scale), dtype)
 
     def matmul(self, x: Array) -> Array:
         """Return b (a x); O((m + n) r k) beside unpacking."""
@@ -149,15 +156,15 @@ def runs_of(bits: tuple[int, ...]) -> tuple[int, ...]:
 
 def packed(found: LowBit, shape: tuple[int, ...]) -> Packed:
     """Return the update of an encoding."""
-    xp = namespace(found.b.codes)
+    xp = namespace(found.b.scales)
     runs = runs_of(found.bits)
     codes, scales, at = [], [], 0
-    for bits, count in zip(runs[::2], runs[1::2], strict=True):
+    for i, (bits, count) in enumerate(zip(runs[::2], runs[1::2], strict=True)):
         for side in (found.b, found.a):
             if bits == HALF:
                 codes.append(side.raw[at : at + count, :].reshape(-1).view(xp.uint8))
             else:
-                codes.append(pack(side.codes[at : at + count, :], bits).reshape(-1))
+                codes.append(pack(side.codes[i], bits).reshape(-1))
             scales.append(down(side.scales[at : at + count, :].reshape(-1), "float16"))
         at += count
     return Packed(xp.concat(codes), xp.concat(scales), runs, shape, found.group, found.book)

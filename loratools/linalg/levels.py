@@ -9,10 +9,13 @@ from __future__ import annotations
 from loratools.leaf import Array
 from loratools.linalg.namespace import cast, namespace, up
 
-BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+BITS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
 GAUSS_BOOK, EVEN_BOOK = 0, 1
-DISTORTION = {1: 0.36338, 2: 0.11748, 3: 0.034548, 4: 0.009501, 5: 0.0025047, 6: 6.4423e-4, 7: 1.6347e-4, 8: 4.1172e-5}
-"""Mean squared error for a unit Gaussian, by bits."""
+DISTORTION = {
+    1: 0.36338, 2: 0.11748, 3: 0.034548, 4: 0.009501, 5: 0.0025047, 6: 6.4423e-4, 7: 1.6347e-4, 8: 4.1172e-5,
+    9: 2.2e-5, 10: 5.6e-6, 11: 1.4e-6, 12: 3.5e-7,
+}  # fmt: skip
+"""Mean squared error for a unit Gaussian, by bits; above 8 of even levels that reach 4.2 deviations."""
 
 GAUSS: dict[int, tuple[float, ...]] = {
     1: (1.0,),  # a sign: its size is the scale's business
@@ -287,9 +290,14 @@ GAUSS: dict[int, tuple[float, ...]] = {
 }
 
 
+def is_even(bits: int, book: int) -> bool:
+    """True where the levels are evenly spaced: those of that book, and all above 8 bits."""
+    return bits > 8 or (book == EVEN_BOOK and bits > 1)
+
+
 def levels(bits: int, book: int, like: Array) -> Array:
     """Return the 2^bits levels, ascending, fp32: level c is what code c stands for, before its scale."""
-    half = GAUSS[bits] if book == GAUSS_BOOK or bits == 1 else tuple(i + 0.5 for i in range(1 << (bits - 1)))
+    half = tuple(i + 0.5 for i in range(1 << (bits - 1))) if is_even(bits, book) else GAUSS[bits]
     xp = namespace(like)
     return up(
         xp.asarray([*(-v for v in reversed(half)), *half], dtype=xp.float64, device=getattr(like, "device", None))
@@ -297,13 +305,13 @@ def levels(bits: int, book: int, like: Array) -> Array:
 
 
 def nearest(x: Array, bits: int, book: int) -> Array:
-    """Return the code (uint8) of the level nearest to every entry of x (fp32, already divided by its scale)."""
+    """Return the code (uint8; int32 above 8 bits) of the level nearest to every entry of x / scale (fp32)."""
     xp = namespace(x)
     if bits == 1:
         return cast(x >= 0, "uint8")
-    if book == EVEN_BOOK:
+    if is_even(bits, book):
         top = (1 << bits) - 1
-        return cast(xp.clip(xp.floor(x) + (1 << (bits - 1)), 0, top), "uint8")
+        return cast(xp.clip(xp.floor(x) + (1 << (bits - 1)), 0, top), "uint8" if bits <= 8 else "int32")
     table = levels(bits, book, x)
     return cast(xp.searchsorted((table[1:] + table[:-1]) / 2, x), "uint8")
 
@@ -320,7 +328,7 @@ def snapped(x: Array, bits: int, book: int) -> Array:
     xp = namespace(x)
     if bits == 1:
         return xp.copysign(xp.ones_like(x), x)
-    if book == EVEN_BOOK:
+    if is_even(bits, book):
         top = (1 << (bits - 1)) - 0.5
         return xp.clip(xp.floor(x) + 0.5, -top, top)
     if bits > 2:

@@ -19,7 +19,7 @@ from math import pi
 from typing import NamedTuple
 
 from loratools.leaf import Array
-from loratools.linalg.levels import EVEN_BOOK, GAUSS_BOOK, decoded, nearest, snapped
+from loratools.linalg.levels import EVEN_BOOK, GAUSS_BOOK, decoded, is_even, nearest, snapped
 from loratools.linalg.namespace import device_of, down, namespace, up
 
 HALF = 16  # "bits" of a component stored as plain fp16 values
@@ -33,12 +33,12 @@ TINY = 2.0**-24  # the smallest fp16 number
 
 @dataclass(frozen=True)
 class Side:
-    """One factor, transposed: ``codes`` uint8 (k, n), ``scales`` fp32 (k, groups) that fp16 holds, ``raw`` (h, n) fp16.
+    """One factor, transposed: ``codes`` per run of equal bits, ``scales`` fp32 (k, groups) that fp16 holds.
 
-    The first h components (of HALF "bits") are ``raw`` values, whose codes are idle and whose scale multiplies them.
+    The first h components (of HALF "bits") are ``raw`` values (h, n) in fp16, times their scale; their codes are idle.
     """
 
-    codes: Array
+    codes: tuple[Array, ...]
     scales: Array
     raw: Array
 
@@ -68,7 +68,7 @@ def encode(
 ) -> LowBit:
     """Return low-bit codes of balanced components b (m, k), a (k, n), the strongest first, in fp32.
 
-    ``bits`` (k,), not ascending, 1 to 8 or HALF. ``group``: entries per scale along each vector (0: one scale for all).
+    ``bits`` (k,), not ascending, 1 to 12 or HALF. ``group``: entries per scale along each vector (0: one for all).
     ``book``: the levels (default: those that begin better, where there are more than 4 bits). ``weights`` (n,), not
     negative, weigh the columns of D: then |(D - D') diag(weights)| is minimised. ``rotate``: begin also from components
     of equal bits mixed by a rotation, which leaves D as it is, and keep the better. Cost O((m + n) k^2) per sweep.
@@ -222,7 +222,8 @@ def _rounded(x: Array, how: _How) -> tuple[Array, Array]:
             continue
         scale = _first_scale(rows, one, how)
         for _ in range(1 if one == 1 else 3):
-            level = decoded(nearest(rows / _spread(scale, n, how.group), one, how.book), one, how.book)
+            spread = _spread(xp.where(scale == 0, TINY, scale), n, how.group)
+            level = decoded(nearest(rows / spread, one, how.book), one, how.book)
             scale = _fitted(rows, level, how.group, scale)
         scale = _stored(scale)
         values.append(level * _spread(scale, n, how.group))
@@ -260,7 +261,7 @@ def _first_scale(x: Array, bits: int, how: _How) -> Array:
     """Return the root mean square, or for even levels the largest magnitude over the outermost level."""
     xp = namespace(x)
     size = xp.sqrt(_grouped(x * x, how.group) / _grouped(xp.ones_like(x), how.group)) + TINY
-    if how.book == GAUSS_BOOK or bits == 1:
+    if not is_even(bits, how.book):
         return size
     ratio = xp.abs(x) / _spread(size, x.shape[1], how.group)
     return size * xp.max(ratio, axis=1, keepdims=True) / ((1 << (bits - 1)) - 0.5)
@@ -351,10 +352,10 @@ def _side(x: Array, values: Array, scales: Array, how: _How) -> Side:
     """Return the codes of values, which are levels times scales but for rounding."""
     xp, n = namespace(values), values.shape[1]
     spread = _spread(scales, n, how.group)
-    codes = [
-        xp.zeros((j - i, n), dtype=xp.uint8, device=device_of(x))
+    codes = tuple(
+        xp.zeros((j - i, 0), dtype=xp.uint8, device=device_of(x))
         if one == HALF
         else nearest(values[i:j, :] / xp.where(spread == 0, 1.0, spread)[i:j, :], one, how.book)
         for one, i, j in _runs(how.bits)
-    ]
-    return Side(xp.concat(codes), scales, down(x[: how.half, :], "float16"))
+    )
+    return Side(codes, scales, down(x[: how.half, :], "float16"))

@@ -15,9 +15,9 @@ from loratools.kinds.packed import payload_bytes
 from loratools.linalg.levels import DISTORTION
 from loratools.linalg.lowbit import HALF
 
-LADDER = (1, 2, 3, 4, 5, 6, 7, 8, HALF)
+LADDER = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, HALF)
 PLAIN = {**{b: 1.0 - (1.0 - d) ** 2 for b, d in DISTORTION.items()}, HALF: 1e-7}
-MENDED = {1: 0.28, 2: 0.09, 3: 0.03, 4: 0.01, 5: 0.0035, 6: 0.0011, 7: 3e-4, 8: 8e-5, HALF: 1e-7}
+MENDED = {**PLAIN, 1: 0.28, 2: 0.09, 3: 0.03, 4: 0.01, 5: 0.0035, 6: 0.0011, 7: 3e-4}
 """Share of a component's energy that is lost, by bits: plainly rounded, and typically after refinement."""
 
 

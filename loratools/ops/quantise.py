@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import isfinite, prod
+from math import inf, isfinite, prod
 from typing import Any, NamedTuple
 
 from loratools.core.adapter import Adapter
@@ -17,7 +17,6 @@ from loratools.kinds.binary import Binary, binary
 from loratools.kinds.lowrank import LowRank, low_rank, stored_as, with_low_rank
 from loratools.kinds.packed import Packed, empty, packed, packed_sizes, payload_bytes, runs_of
 from loratools.linalg import factored
-from loratools.linalg.levels import GAUSS_BOOK
 from loratools.linalg.lowbit import LowBit, encode
 from loratools.linalg.medians import MEDIANS
 from loratools.linalg.namespace import up
@@ -31,6 +30,7 @@ from loratools.report import Report
 
 BITS = (1, 2, 3, 4, 8)
 QUICK = 3  # sweeps for choosing among plans
+GROUP, FINE = 128, 3.0  # scales per so many entries are tried as well above so many bits on average
 SCHEMES = ("lowbit", "binary-adapter")
 Plan = Mapping[str, tuple[int, ...]]  # bits of every kept component, by parameter
 
@@ -38,7 +38,8 @@ Plan = Mapping[str, tuple[int, ...]]  # bits of every kept component, by paramet
 @dataclass(frozen=True)
 class Budget:
     """How few bits: exactly one of ``bits`` for every component, ``avg_bits`` per stored weight (scales counted), and
-    ``size``, the bytes of the whole file. ``group`` entries share a scale (0: a whole vector).
+    ``size``, the bytes of the whole file. ``group`` entries share a scale (0: a
+    whole vector, and above 3 bits on average groups of 128 where these are better).
 
     Raises UsageError for contradictions and values out of range.
     """
@@ -118,10 +119,14 @@ def quantize(
     weigh = None if stats is None else weighing(stats, adapter, open_base(base))
     weights = channel_weights(weigh, directions)
     parts = canonical_parts(directions)
-    plans = _plans(done, directions, parts, budget)
-    if len(plans) > 1:
-        plans = [min(plans, key=lambda plan: _wrong(_encoded(parts, plan, weights, group, sweeps=QUICK)))]
-    best = _encoded(parts, plans[0], weights, group)
+    gauges, sizes = [parts], _groups(directions, budget)
+    if len(sizes) > 1:
+        gauges.append(_as_stored(directions, parts))
+    tries = [(p, g, plan) for p in gauges for g in sizes for plan in _plans(done, directions, p, budget, g)]
+    if len(tries) > 1:
+        tries = [min(tries, key=lambda one: _wrong(_encoded(one[0], one[2], weights, one[1], sweeps=QUICK)))]
+    ((gauge, group, plan),) = tries
+    best = _encoded(gauge, plan, weights, group)
     updates = {name: _put(u, best[name].update) if name in best else u for name, u in adapter.items()}
     made = replace(done, updates=updates)
     figures = {name: _figures(name, directions[name], parts[name], found, weigh) for name, found in best.items()}
@@ -131,12 +136,16 @@ def quantize(
 
 
 class Part(NamedTuple):
-    """An update in the canonical gauge: b (m, k), a (k, n), balanced; squared singular values; shape."""
+    """An update as components b (m, k), a (k, n), balanced, the strongest first, with their energies; and its shape.
+
+    In the canonical gauge the energies are squared singular values and sum to |D|^2 = ``square``.
+    """
 
     b: Array
     a: Array
     energies: tuple[float, ...]
     shape: tuple[int, ...]
+    square: float
 
 
 class Encoded(NamedTuple):
@@ -156,9 +165,32 @@ def canonical_parts(directions: Mapping[str, LowRank]) -> dict[str, Part]:
         except LoratoolsError as error:
             raise error.at(parameter=name) from error
         energies = tuple(float(s) ** 2 for s in found.singular_values[: found.rank])
-        return Part(up(found.b), up(found.a), energies if energies[0] else (), u.shape)
+        return Part(up(found.b), up(found.a), energies if energies[0] else (), u.shape, sum(energies))
 
     return _each(one, directions)
+
+
+def _as_stored(directions: Mapping[str, LowRank], parts: Mapping[str, Part]) -> dict[str, Part]:
+    """Return every update in its own gauge, columns and rows balanced.
+
+    With many bits it may win: an A that was drawn uniformly and hardly trained fills evenly spaced levels.
+    """
+    found = {}
+    for name, u in directions.items():
+        b, a = u.factors("float32")
+        xp = namespace(b)
+        tall, wide = xp.sqrt(xp.sum(b * b, axis=0)), xp.sqrt(xp.sum(a * a, axis=1))
+        size = abs(u.scale) * tall * wide
+        order = [int(j) for j in xp.flip(xp.argsort(size)) if float(size[j]) > 0]
+        if not order or not parts[name].energies:
+            found[name] = parts[name]
+            continue
+        keep = xp.asarray(order)
+        root = xp.sqrt(size[keep])
+        b = b[:, keep] * ((1.0 if u.scale > 0 else -1.0) * root / tall[keep])
+        a = a[keep, :] * (root / wide[keep])[:, None]
+        found[name] = Part(b, a, tuple(float(s) ** 2 for s in size[keep]), u.shape, parts[name].square)
+    return found
 
 
 def _each(one: Any, directions: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,28 +203,37 @@ def _weight(u: Any) -> int:
     return 64 * int(sum(t.nbytes for t in (u.b, u.a)))
 
 
-def _plans(done: Adapter, directions: Mapping[str, LowRank], parts: Mapping[str, Part], budget: Budget) -> list[Plan]:
+def _groups(directions: Mapping[str, LowRank], budget: Budget) -> tuple[int, ...]:
+    """Return the sizes of groups worth trying: with many bits, outliers cost more than scales per 128 entries."""
+    weights = sum(u.rank * sum(u.matrix_shape) for u in directions.values())
+    average = budget.avg_bits or (8 * budget.size / weights if isinstance(budget.size, int) else 0.0)
+    return (0, GROUP) if average > FINE and not budget.group else (budget.group,)
+
+
+def _plans(
+    done: Adapter, directions: Mapping[str, LowRank], parts: Mapping[str, Part], budget: Budget, group: int
+) -> list[Plan]:
     """Return the bits of every component, by every way worth trying."""
     if budget.bits is not None:
         return [{name: (budget.bits,) * len(p.energies) for name, p in parts.items()}]
     modules = {name: Module(p.energies, p.shape) for name, p in parts.items()}
     if budget.avg_bits is not None:
         weights = sum(u.rank * sum(u.matrix_shape) for u in directions.values())
-        return list(allocations(modules, int(budget.avg_bits * weights / 8), group=budget.group))
+        return list(allocations(modules, int(budget.avg_bits * weights / 8), group=group))
     assert isinstance(budget.size, int)
-    return [fitted(done, modules, plan, budget.size, budget.group) for plan in _within(done, modules, budget)]
+    return [fitted(done, modules, plan, budget.size, group) for plan in _within(done, modules, budget, group)]
 
 
-def _within(done: Adapter, modules: Mapping[str, Module], budget: Budget) -> list[Plan]:
+def _within(done: Adapter, modules: Mapping[str, Module], budget: Budget, group: int) -> list[Plan]:
     assert isinstance(budget.size, int)
-    least = planned_size(done, dict.fromkeys(modules, ()), modules, budget.group)
+    least = planned_size(done, dict.fromkeys(modules, ()), modules, group)
     if least > budget.size:
         raise UsageError(
             "the file cannot be so small: this is the size without a single code",
             expected=f"at least {least} bytes",
             got=budget.size,
         )
-    found: list[Plan] = list(allocations(modules, budget.size - least, group=budget.group))
+    found: list[Plan] = list(allocations(modules, budget.size - least, group=group))
     return found or [dict.fromkeys(modules, ())]
 
 
@@ -246,16 +287,18 @@ def _encoded(
     parts: Mapping[str, Part], plan: Plan, weights: Mapping[str, Array], group: int, sweeps: int | None = None
 ) -> dict[str, Encoded]:
     """Encode every module by a plan; with ``sweeps`` roughly, for choosing among plans."""
-    rough: dict[str, Any] = {} if sweeps is None else {"sweeps": sweeps, "rotate": False, "book": GAUSS_BOOK}
+    rough: dict[str, Any] = {} if sweeps is None else {"sweeps": sweeps, "rotate": False}
 
     def one(name: str) -> Encoded:
         p, bits = parts[name], plan[name]
         if not bits:
-            return Encoded(empty(p.b, p.shape), sum(p.energies))
+            return Encoded(empty(p.b, p.shape), p.square)
         k = len(bits)
         found: LowBit = encode(p.b[:, :k], p.a[:k, :], bits, group=group, weights=weights.get(name), **rough)
-        whole, kept = sum(p.energies), sum(p.energies[:k])
-        return Encoded(packed(found, p.shape), found.error * kept + whole - kept)
+        if k < len(p.energies) and abs(p.square - sum(p.energies)) > 1e-3 * p.square:
+            return Encoded(empty(p.b, p.shape), inf)  # components that are not orthogonal cannot be dropped
+        kept = p.square if k == len(p.energies) else sum(p.energies[:k])
+        return Encoded(packed(found, p.shape), found.error * kept + p.square - kept)
 
     return _each(one, parts)
 
@@ -271,7 +314,7 @@ def best_bytes(found: Mapping[str, Encoded]) -> dict[str, int]:
 
 
 def _figures(name: str, before: LowRank, part: Part, found: Encoded, weigh: Weighing | None) -> Figures:
-    square, wrong, weights = sum(part.energies), found.wrong, before.rank * sum(before.matrix_shape)
+    square, wrong, weights = part.square, found.wrong, before.rank * sum(before.matrix_shape)
     if weigh is None or name not in weigh or not part.energies:
         return Figures(square, wrong, before.rank, found.update.runs, weights)
     measured = weigh.squares(name, [LowRank(part.b, part.a)], [found.update.unpacked()])
@@ -312,10 +355,7 @@ def dequantize(adapter: Adapter, *, dtype: str = "float16") -> Adapter:
         raise UsageError("nothing in this adapter is quantised", file=adapter.meta.path)
 
     def one(name: str, u: Update) -> Update:
-        low = low_rank(u) if _is_packed(u) else None
-        if low is None:
-            return u
-        return with_low_rank(u, LowRank(stored_as(low.b, dtype), stored_as(low.a, dtype), low.scale, low.shape))
+        return _plain(u, dtype) if _is_packed(u) else u
 
     done = adapter.map(one).with_history(f"dequantize to {dtype}")
     rows = [
@@ -327,6 +367,24 @@ def dequantize(adapter: Adapter, *, dtype: str = "float16") -> Adapter:
     return replace(done, report=Report("loratools.dequantize/1", tuple(rows), total, units))
 
 
+def _plain(u: Update, dtype: str) -> Update:
+    """Return a packed update, or a coat around one, with plain factors in memory."""
+    inner = _inner(u)
+    if inner is not None:
+        low = low_rank(_plain(inner, dtype))
+        assert low is not None  # what was packed has factors
+        return with_low_rank(u, low)
+    assert isinstance(u, Packed | Binary)
+    low = u.unpacked(dtype) if isinstance(u, Packed) else u.unpacked()
+    b, a = (t.read() if isinstance(t, Leaf) else t for t in (low.b, low.a))
+    return LowRank(stored_as(b, dtype), stored_as(a, dtype), low.scale, low.shape)
+
+
+def _inner(u: Update) -> Update | None:
+    found = getattr(u, "direction", None) or getattr(u, "update", None)
+    return found if isinstance(found, Update) else None
+
+
 def _is_packed(u: Update) -> bool:
-    inner = getattr(u, "direction", None) or getattr(u, "update", None)
-    return isinstance(u, Packed | Binary) or (isinstance(inner, Update) and _is_packed(inner))
+    inner = _inner(u)
+    return isinstance(u, Packed | Binary) or (inner is not None and _is_packed(inner))
