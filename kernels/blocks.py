@@ -1,4 +1,4 @@
-"""Block sizes by shape, from a table in the repository; ``tests/bench/gpu.py --tune`` measures and rewrites it.
+"""Block sizes by shape, from a table in the repository; ``tests/bench/gpu_tune.py`` measures and rewrites it.
 
 No tuning happens at run time: the same shapes give the same blocks, so the same bits, on every GPU.
 """
@@ -18,7 +18,7 @@ Blocks = Mapping[str, int]
 
 @cache
 def table() -> dict[str, list[dict[str, Any]]]:
-    """Return kernel -> rows; a row has ``upto`` (largest shapes it is for), ``blocks``, and who measured it."""
+    """Return kernel -> rows; a row has ``upto`` (largest shapes it is for) and ``blocks``."""
     loaded: dict[str, list[dict[str, Any]]] = json.loads(FILE.read_text())["kernels"]
     return loaded
 

@@ -4,7 +4,8 @@ The work is a table of items (a stretch of one factor); products of a tile run o
 arithmetic), tiles are added in fp64, and stretches in a second launch in fixed order: nothing depends on timing.
 
 Error of an entry against float64 of the stored values: a tile of BK values adds BK / 16 times in a truncating tensor
-core, so at most (BK / 16) 2^-23 |x_i| |x_j| (:data:`NOISE` for BK = 64); fp32 rounds BK times, at most BK 2^-24.
+core, so at most (BK / 16) 2^-23 |x_i| |x_j| (:data:`NOISE` for BK = 64); fp32 rounds BK times, at most BK 2^-24, which
+its rows of the table keep at 16: twice NOISE at worst, a quarter of it as roundings go.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 
 from loratools.kernels.blocks import Blocks, options, pick
-from loratools.kernels.target import FLOATS, VECTOR_BYTES, Tensor, by_rows, is_aligned, power_of_two, table
+from loratools.kernels.target import FLOATS, VECTOR_BYTES, Tensor, by_rows, is_aligned, power_of_two, stretches, table
 from loratools.kernels.tiles import mma
 
 NOISE = 5e-7
@@ -43,9 +44,9 @@ def _grams(
     x = tl.load(items + item * 6).to(tl.pointer_type(DTYPE))
     row = tl.load(items + item * 6 + 1)
     rank = tl.load(items + item * 6 + 2)
-    begin = tl.load(items + item * 6 + 3)
-    end = tl.load(items + item * 6 + 4)
-    is_wide = tl.load(items + item * 6 + 5)
+    is_wide = tl.load(items + item * 6 + 3)
+    begin = tl.load(items + item * 6 + 4)
+    end = tl.load(items + item * 6 + 5)
     if ALIGNED:
         x = tl.multiple_of(x, 16)
         row = tl.multiple_of(row, VECTOR)
@@ -88,18 +89,12 @@ def grams(factors: Sequence[Tensor], *, wide: Sequence[bool], blocks: Blocks | N
     ranks = [x.shape[0] if w else x.shape[1] for x, w in zip(xs, wide, strict=True)]
     side = power_of_two(max(ranks))
     s = blocks or pick("gram", itemsize=xs[0].element_size(), rank=side)
-    items: list[list[int]] = []
-    first = [0]
-    for x, rank, is_wide in zip(xs, ranks, wide, strict=True):
-        length = x.shape[1] if is_wide else x.shape[0]
-        items += [
-            [x.data_ptr(), x.stride(0), rank, k, min(k + s["STRETCH"], length), int(is_wide)]
-            for k in range(0, length, s["STRETCH"])
-        ]
-        first.append(len(items))
+    rows = [[x.data_ptr(), x.stride(0), rank, int(w)] for x, rank, w in zip(xs, ranks, wide, strict=True)]
+    lengths = [x.shape[1] if w else x.shape[0] for x, w in zip(xs, wide, strict=True)]
+    items, first = stretches(rows, lengths, s["STRETCH"])
     device = xs[0].device
     vector = VECTOR_BYTES // xs[0].element_size()
-    aligned = all(map(is_aligned, xs)) and all(value % vector == 0 for item in items for value in item[2:5])
+    aligned = all(map(is_aligned, xs)) and all(size % vector == 0 for size in (*ranks, *lengths, s["STRETCH"]))
     partial = torch.empty((len(items), side, side), dtype=torch.float64, device=device)
     _grams[(len(items),)](
         table(items, device), partial, DTYPE=FLOATS[xs[0].dtype], ALIGNED=aligned, VECTOR=vector, BR=side, BK=s["BK"],
@@ -108,6 +103,5 @@ def grams(factors: Sequence[Tensor], *, wide: Sequence[bool], blocks: Blocks | N
     if len(items) == len(xs):
         return partial
     out = torch.empty((len(xs), side, side), dtype=torch.float64, device=device)
-    begins = torch.tensor(first, dtype=torch.int64, device=device)
-    _add_up[(len(xs), side * side // 256)](partial, begins, out, SIZE=side * side, BLOCK=256)
+    _add_up[(len(xs), side * side // 256)](partial, table(first, device), out, SIZE=side * side, BLOCK=256)
     return out

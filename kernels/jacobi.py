@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from loratools.kernels.blocks import pick
+from loratools.kernels.blocks import Blocks, pick
 from loratools.kernels.target import Tensor, power_of_two
 
 LARGEST = 128
@@ -99,13 +99,14 @@ def _sweeps(
     tl.store(left + matrix, turned)
 
 
-def svd(x: Tensor) -> Triples:
+def svd(x: Tensor, *, blocks: Blocks | None = None) -> Triples:
     """Return the singular triples of x (batch, c, c) fp64, 1 <= c <= 128. NaN passes through as NaN, not converged.
 
     One launch and a few small batched operations. The table names the library's routine (``jacobi`` 0) where that
     measures faster.
     """
-    if not pick("small_svd", order=x.shape[-1])["jacobi"]:
+    chosen = blocks or pick("small_svd", order=x.shape[-1])
+    if not chosen["jacobi"]:
         return _by_library(x)
     batch, order, _ = x.shape
     size = torch.linalg.matrix_norm(x)[:, None, None]
@@ -118,7 +119,7 @@ def svd(x: Tensor) -> Triples:
     left = torch.empty(batch, dtype=torch.int32, device=x.device)
     _sweeps[(batch,)](
         work, v, left, N=columns, **tile(columns), SWEEPS=SWEEPS, TOLERANCE=TOLERANCE,
-        num_warps=pick("small_svd", order=order)["warps"], num_stages=1,
+        num_warps=chosen["warps"], num_stages=1,
     )  # fmt: skip
     rows, v = work[:, :order, :order], v[:, :order, :order]
     s = torch.linalg.vector_norm(rows, dim=-1)

@@ -6,8 +6,8 @@ the tensor cores are. Right for one adapter on a base; for several see :mod:`lor
 Error of a squared norm against float64 of the stored values, with u = 2^-24: an entry of B A errs by at most
 (R / 16) 2u |s| sum_k |b_ik| |a_kj| (truncating tensor cores; R u for fp32 factors), the sum W + s B A rounds twice (2u
 of the sum), its square once, and BN squares are added by a tree in fp32 (log2 BN u) before the tiles are added in
-fp64. So |error of a norm| <= (4 + log2(BN) / 2) u norm + (R / 8) u |s| | |b_i| |A| |; for |s B A| below |W + s B A|
-that is under 2e-6 up to R = 384, and about 3e-7 in practice, because the errors of products do not line up.
+fp64. So |error of a norm| <= (4 + log2(BN) / 2) u norm + (R / 8) u |s| | |b_i| |A| |. Up to R = 384 that is under 2e-6
+of the norm while |s| | |b_i| |A| | is at most half of it; in practice about 2e-7: errors of products do not line up.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 import triton.language as tl
 
@@ -54,9 +55,21 @@ def is_aligned(x: Tensor) -> bool:
     return bool(x.data_ptr() % VECTOR_BYTES == 0 and x.stride(-2) % step == 0 and x.shape[-1] % step == 0)
 
 
-def table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+def stretches(rows: Sequence[Sequence[int]], lengths: Sequence[int], most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the work items of a grouped launch: each row, followed by begin and end of a stretch of its length.
+
+    ``lengths`` are cut every ``most``; with the items comes where those of each row begin, and their number at the end.
+    """
+    long = np.array(lengths)
+    first = np.concatenate([[0], np.cumsum(-(-long // most))])
+    row = np.repeat(np.arange(len(rows)), np.diff(first))
+    begin = (np.arange(first[-1]) - first[row]) * most
+    return np.column_stack([np.array(rows)[row], begin, np.minimum(begin + most, long[row])]), first
+
+
+def table(rows: Sequence[Sequence[int]] | np.ndarray, device: torch.device) -> Tensor:
     """Return a table of whole numbers and addresses, int64, on the device."""
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+    return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64)).to(device)
 
 
 def power_of_two(count: int, least: int = 16) -> int:

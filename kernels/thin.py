@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from loratools.kernels.blocks import Blocks, options, pick
-from loratools.kernels.target import FLOATS, VECTOR_BYTES, Tensor, by_rows, is_aligned, power_of_two, table
+from loratools.kernels.target import FLOATS, VECTOR_BYTES, Tensor, by_rows, is_aligned, power_of_two, stretches, table
 from loratools.kernels.tiles import narrow, split_product
 
 TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -43,13 +43,13 @@ def _thin(
     x = tl.load(items).to(tl.pointer_type(DTYPE))
     row = tl.load(items + 1)
     rank = tl.load(items + 2)
-    begin = tl.load(items + 3)
-    end = tl.load(items + 4)
-    is_wide = tl.load(items + 5)
-    out = tl.load(items + 6).to(tl.pointer_type(tl.float32))
-    out_row = tl.load(items + 7)
-    kept = tl.load(items + 8)
-    cores += tl.load(items + 9) * BR * BC
+    is_wide = tl.load(items + 3)
+    out = tl.load(items + 4).to(tl.pointer_type(tl.float32))
+    out_row = tl.load(items + 5)
+    kept = tl.load(items + 6)
+    cores += tl.load(items + 7) * BR * BC
+    begin = tl.load(items + 8)
+    end = tl.load(items + 9)
     if ALIGNED:
         x = tl.multiple_of(x, 16)
         row = tl.multiple_of(row, VECTOR)
@@ -97,16 +97,19 @@ def thin(
     held = torch.zeros((len(xs), side, width), dtype=torch.float32, device=device)
     held[:, : cores.shape[1], : cores.shape[2]] = cores
     s = blocks or pick("thin", itemsize=size, rank=side)
-    outs, items = [], []
-    for i, (x, k, is_wide) in enumerate(zip(xs, ranks, wide, strict=True)):
-        rank, length = x.shape if is_wide else x.shape[::-1]
-        out = torch.empty((k, length) if is_wide else (length, k), dtype=torch.float32, device=device)
-        head = [x.data_ptr(), x.stride(0), rank]
-        tail = [int(is_wide), out.data_ptr(), out.stride(0), k, i]
-        items += [[*head, j, min(j + s["STRETCH"], length), *tail] for j in range(0, length, s["STRETCH"])]
-        outs.append(out)
+    lengths = [x.shape[1] if w else x.shape[0] for x, w in zip(xs, wide, strict=True)]
+    used = [x.shape[0] if w else x.shape[1] for x, w in zip(xs, wide, strict=True)]
+    outs = [
+        torch.empty((k, length) if w else (length, k), dtype=torch.float32, device=device)
+        for length, k, w in zip(lengths, ranks, wide, strict=True)
+    ]
+    rows = [
+        [x.data_ptr(), x.stride(0), rank, int(w), out.data_ptr(), out.stride(0), k, i]
+        for i, (x, rank, w, out, k) in enumerate(zip(xs, used, wide, outs, ranks, strict=True))
+    ]
+    items, _ = stretches(rows, lengths, s["STRETCH"])
     vector = VECTOR_BYTES // size
-    aligned = all(map(is_aligned, xs)) and all(value % vector == 0 for item in items for value in item[2:5])
+    aligned = all(map(is_aligned, xs)) and all(x % vector == 0 for x in (*used, *lengths, s["STRETCH"]))
     _thin[(len(items),)](
         table(items, device), held, DTYPE=FLOATS[xs[0].dtype], D_TERMS=TERMS[xs[0].dtype], ALIGNED=aligned,
         VECTOR=vector, BR=side, BC=width, BM=s["BM"], **options(s),

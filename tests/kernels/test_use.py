@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import loratools as lt
 from loratools import dispatch
@@ -15,6 +16,8 @@ from loratools.core.adapter import Adapter
 from loratools.kernels import row_norms_many
 from loratools.kinds.dora import Dora
 from loratools.kinds.lowrank import LowRank
+from loratools.linalg import namespace
+from loratools.ops import placing
 from loratools.ops.fold import fold
 from loratools.ops.types.dora import to_dora
 from loratools.ops.types.lora import to_lora
@@ -86,6 +89,20 @@ def test_merging_folds_through_the_kernels(random, model, seen, off):
     terms = [(0.5, coat), (1.0, adapter[NAMES[0]])]
     assert torch.allclose(fold(w, terms).value, off(fold, w, terms).value, rtol=1e-5, atol=1e-5)
     assert set(seen) == {"fused_row_norms", "fused_compose"}
+
+
+def test_a_model_on_disk_is_merged_where_the_adapter_is(random, model, seen, off, monkeypatch, tmp_path):
+    adapter, base = model
+    one = Adapter({NAMES[0]: dora(random, adapter[NAMES[0]])})
+    save_file({name: w.to(BF16).cpu() for name, w in base.items()}, tmp_path / "model.safetensors")
+    if base[NAMES[0]].device.type == "cpu":  # the interpreter's device is no GPU: bring blocks into torch all the same
+        monkeypatch.setattr(placing, "device_of", lambda x: "here")
+        monkeypatch.setattr(placing, "to_device", lambda x, device: namespace._to_torch(x.read()))
+    lt.merge(tmp_path / "model.safetensors", [one], tmp_path / "on")
+    assert {"fused_row_norms", "fused_compose"} == set(seen)
+    off(lt.merge, tmp_path / "model.safetensors", [one], tmp_path / "off")
+    made, true = (load_file(next((tmp_path / way).rglob("*.safetensors")))[NAMES[0]].float() for way in ("on", "off"))
+    assert torch.allclose(made, true, rtol=2**-7)  # at most the last bit of bf16
 
 
 def test_lora_to_dora_and_back(model, seen, off):
