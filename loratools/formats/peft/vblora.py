@@ -36,7 +36,7 @@ class VbLora(Tuner):
         """Return the mixed factors, B A."""
         rank = _stretches(m, "A")[0]
         for leaf in ("vblora_logits_A", "vblora_logits_B"):
-            if leaf not in m:
+            if leaf not in m and m.index(leaf + INDICES).shape[-1] > 1:
                 m.axes(leaf + WEIGHTS, 3)
         if _stretches(m, "B")[1] != rank:
             raise FormatError("the factors do not multiply", expected=f"rank {rank}", got=_stretches(m, "B")[1])
@@ -76,7 +76,10 @@ def _chosen(logits: Array, count: int) -> tuple[Array, Array]:
 
 def _saved(m: Module, leaf: str) -> tuple[Array, Array]:
     stored: Leaf = m.index(leaf + INDICES)
-    index, weights = cast(stored.read(), "int64"), up(m[leaf + WEIGHTS])
+    index = cast(stored.read(), "int64")
+    if stored.shape[-1] == 1:  # no weights are saved beside the one that is 1
+        return index, namespace(index).ones(stored.shape, dtype=namespace(index).float32)
+    weights = up(m[leaf + WEIGHTS])
     if index.shape[-1] != weights.shape[-1] + 1:
         got = f"{index.shape} and {weights.shape}"
         raise FormatError("indices and weights disagree", parameter=m.path, expected="one weight fewer", got=got)

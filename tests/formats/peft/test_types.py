@@ -84,6 +84,8 @@ TYPES: dict[str, Type] = {
                    (*LINEAR, *CONV1D)),
     "vblora-topk": Type("VBLoRAConfig", {"r": 3, "num_vectors": 20, "vector_length": 4, "topk": 3,
                                          "save_only_topk_weights": True}, (*LINEAR, *CONV1D)),
+    "vblora-one": Type("VBLoRAConfig", {"r": 3, "num_vectors": 20, "vector_length": 4, "topk": 1,
+                                        "save_only_topk_weights": True}, (*LINEAR, *CONV1D), may=("_weights",)),
     "c3a": Type("C3AConfig", {"block_size": 6}),
     "delora": Type("DeloraConfig", {"r": 3}),
     "gralora": Type("GraloraConfig", {"r": 6, "gralora_k": 3, "alpha": 4}, (*LINEAR, *CONV1D)),
