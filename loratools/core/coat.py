@@ -30,7 +30,9 @@ class Coat(Update):
 
 def loaded(u: U, dtype: str) -> U:
     """Return an update whose floating tensors are in memory for arithmetic: what uses it often computes them once."""
-    return replace(u, **{f.name: _loaded(getattr(u, f.name), dtype) for f in fields(u)})  # type: ignore[type-var]
+    kind: Any = u  # every kind is a dataclass
+    made: U = replace(kind, **{f.name: _loaded(getattr(u, f.name), dtype) for f in fields(kind)})
+    return made
 
 
 def _loaded(value: Any, dtype: str) -> Any:

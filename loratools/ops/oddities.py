@@ -62,10 +62,18 @@ def _repeated(named: list[Tensor], digests: list[int]) -> Iterator[str]:
         if digest == 0 or t.nbytes < 64:
             continue
         first = seen.setdefault((digest, tuple(t.shape), dtype_name(t)), (name, t))
-        if first[0] != name and _same(first[1], t):
+        if first[0] != name and not _one_module(first[0], name) and _same(first[1], t):
             repeats.append(f"{name} = {first[0]}")
     if repeats:
         yield f"duplicated tensors: {_some(repeats)}"
+
+
+def _one_module(first: str, second: str) -> bool:
+    """True for tensors of the weight and of the bias of one module: IA3 and RoAd act on both by the same numbers."""
+    (module, weight, _), (other, bias, _) = first.partition(".weight."), second.partition(".bias.")
+    if not weight:
+        (module, weight, _), (other, bias, _) = first.partition(".bias."), second.partition(".weight.")
+    return bool(weight and bias) and module == other
 
 
 def _same(x: Leaf | Array, y: Leaf | Array) -> bool:

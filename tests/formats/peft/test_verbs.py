@@ -177,8 +177,10 @@ def test_fused_with_itself_it_is_itself(made: Any) -> None:
 
 
 def test_info_tells_what_it_is(made: Any) -> None:
-    rows = {row["name"]: row for row in info(made.adapter).modules}
+    report = info(made.adapter)
+    rows = {row["name"]: row for row in report.modules}
     assert set(rows) == set(made.adapter)
+    assert not any("duplicated" in warning and ".bias" in warning for warning in report.warnings)
     assert all(row["bytes"] > 0 for row in rows.values())
 
 
