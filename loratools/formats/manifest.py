@@ -31,7 +31,7 @@ from loratools.kinds.replace import Replace
 VERSION = 1
 _TOP = ("manifest", "weights", "files", "base", "carry", "update", "reader", "settings")
 _UPDATE = ("name", "delta", "replace", "scale", "shape", "where", "experts")
-_PLACE = re.compile(r"\{(\w+)\}")
+_PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")
 MIXTURE = "a routed mixture: no single update says what it does"
 MIXTURE_HINT = "loratools collapse makes a static adapter of some of its experts"
 
@@ -45,6 +45,8 @@ def said_in(bundle: Bundle) -> dict[str, Any] | None:
     _known(said, _TOP, "the manifest")
     if said.get("manifest") != VERSION:
         raise FormatError("unknown version of the manifest", expected=f"manifest = {VERSION}", got=said.get("manifest"))
+    if not isinstance(said.get("base", ""), str) or not isinstance(said.get("settings", {}), dict):
+        raise FormatError("the manifest's base is a name, its settings are a table", file=bundle.path)
     return said
 
 

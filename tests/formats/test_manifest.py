@@ -236,6 +236,12 @@ REFUSED = {
     "an unequal sum": '[[update]]\nname = "w"\ndelta = {sum = ["b", "a"]}',
     "a misfit in a network": '[[update]]\nname = "w"\ndelta = {tucker = "cube", left = ["b2", "b"], right = ["b"]}',
     "an expression in place of a list": '[[update]]\nname = "w"\ndelta = {product = "b"}',
+    "settings that are no table": 'settings = 3\n[[update]]\nname = "w"\ndelta = "b"',
+    "a base that is no name": 'base = 3\n[[update]]\nname = "w"\ndelta = "b"',
+    "a shape that is none": '[[update]]\nname = "w"\ndelta = "b"\nshape = "large"',
+    "a scale that is none": '[[update]]\nname = "w"\ndelta = "b"\nscale = {}',
+    "a placeholder that is none": '[[update]]\nname = "{1}.w"\ndelta = "{1}.b"',
+    "an update that is none": "update = 3",
     "tensors left over": '[[update]]\nname = "w"\ndelta = "b"',
 }
 

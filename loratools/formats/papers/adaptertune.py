@@ -14,7 +14,17 @@ from collections.abc import Mapping
 
 from loratools.core.update import Leaf, Update
 from loratools.formats.papers.hydra import constant
-from loratools.formats.papers.system import Reading, System, keyed, modules, need, need_shape, of_model, system
+from loratools.formats.papers.system import (
+    Reading,
+    System,
+    keyed,
+    modules,
+    need,
+    need_axes,
+    need_shape,
+    of_model,
+    system,
+)
 from loratools.kinds.dense import Dense
 from loratools.kinds.lowrank import LowRank
 from loratools.kinds.multiplied import Multiplied
@@ -48,6 +58,7 @@ class AdapterTune(System):
         r.place([f"{host}.weight" for host in hosts.values()], [f"{host}.bias" for host in hosts.values()])
         for module, parts in found.items():
             down, bias, up_, out = need(parts, module, *_LEAVES)
+            need_axes(down, 2, module, "down.weight")
             need_shape(up_, down.shape[::-1], module, "up.weight")
             need_shape(bias, down.shape[:1], module, "down.bias")
             need_shape(out, down.shape[1:], module, "up.bias")

@@ -21,7 +21,7 @@ import numpy as np
 from loratools.core.lazy import computed
 from loratools.core.update import Leaf
 from loratools.errors import FormatError, UnsupportedError
-from loratools.formats.papers.system import Reading, System, need, of_model, system
+from loratools.formats.papers.system import Reading, System, need, need_axes, of_model, system
 from loratools.kinds.lowrank import LowRank
 from loratools.leaf import Array
 from loratools.linalg.namespace import to_numpy, up
@@ -77,7 +77,7 @@ class HypeLora(System):
 
     def _add(self, r: Reading, path: str, parts: Net, number: int, mode: str, count: int) -> None:
         start_a, start_b, embedding = need(parts, path, "initial_A", "initial_B", "hypernet.embedding.weight")
-        width, rank = start_a.shape
+        width, rank = need_axes(start_a, 2, path, "initial_A").shape
         if start_b.shape != (rank, width) or embedding.shape[0] != count:
             sizes = f"initial_A {start_a.shape}, initial_B {start_b.shape}"
             got = f"{sizes}, {embedding.shape[0]} embeddings, {count} modules"

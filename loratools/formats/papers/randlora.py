@@ -14,7 +14,7 @@ from math import sqrt
 from loratools.core.update import Leaf
 from loratools.errors import FormatError, UnsupportedError
 from loratools.formats.matrices import made
-from loratools.formats.papers.system import Reading, System, keyed, modules, need, of_model, system
+from loratools.formats.papers.system import Reading, System, keyed, modules, need, need_axes, of_model, system
 from loratools.kinds.dense import Dense
 from loratools.leaf import Array
 from loratools.linalg.namespace import namespace
@@ -44,7 +44,7 @@ class RandLora(System):
         for module, parts in found.items():
             rows, gamma, a, b = need(parts, module, *_LEAVES)
             shapes = f"lambda {rows.shape}, gamma {gamma.shape}, basis_a {a.shape}, basis_b {b.shape}"
-            n, rank = rows.shape
+            n, rank = need_axes(rows, 2, module, "randlora_lambda").shape
             shape = r.weight(f"{module}.weight", "RandLoRA").shape
             most, least = max(shape), min(shape)
             if b.shape[2:] != (rank,) or a.shape[1:2] != (rank,):

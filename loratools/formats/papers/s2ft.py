@@ -56,6 +56,9 @@ class S2ft(System):
 
 def _mlp(r: Reading, layer: str) -> set[str]:
     gate, up_, down = (f"{layer}.mlp.{p}_proj.weight" for p in ("gate", "up", "down"))
+    for name in (gate, up_, down):
+        if name not in r.tensors:
+            raise UnsupportedError("a layer of this checkpoint is not Llama's", parameter=layer, expected=name)
     order = _matched(_read(r.tensors[gate]), _read(r.weight(gate, "S2FT")), gate)
     _changed(r, up_, order, axis=0)
     _changed(r, down, order, axis=1)

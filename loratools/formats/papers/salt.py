@@ -16,7 +16,17 @@ import numpy as np
 from loratools.core.lazy import computed
 from loratools.core.update import Leaf
 from loratools.errors import UnsupportedError
-from loratools.formats.papers.system import Reading, System, keyed, modules, need, need_shape, of_model, system
+from loratools.formats.papers.system import (
+    Reading,
+    System,
+    keyed,
+    modules,
+    need,
+    need_axes,
+    need_shape,
+    of_model,
+    system,
+)
 from loratools.kinds.dense import Dense
 from loratools.leaf import Array
 from loratools.linalg.namespace import to_numpy, up
@@ -52,6 +62,8 @@ class Salt(System):
                 raise UnsupportedError(what, parameter=module, expected=", ".join(_LEAVES), got=", ".join(unknown))
             scale, shift, x, y = need(parts, module, *_LEAVES)
             w = r.tensors[name] if module in inside else r.weight(name, "SALT")
+            need_axes(scale, 1, module, "trainable_scale_A")
+            need_axes(x, 2, module, "trainable_X")
             rest = min(w.shape[0], prod(w.shape[1:])) - scale.shape[0]
             if x.shape[0] != rest:
                 expected, got = f"X of {rest} rows (min(out, in) - k)", x.shape

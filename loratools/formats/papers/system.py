@@ -143,6 +143,13 @@ def keyed(parts: Mapping[str, tuple[str, Leaf]]) -> Parts:
     return dict(parts.values())
 
 
+def need_axes(leaf: Leaf, axes: int, module: str, what: str) -> Leaf:
+    """Return a tensor, or raise :class:`FormatError` where it has another number of axes."""
+    if len(leaf.shape) != axes:
+        raise FormatError(f"{what} has another form", parameter=module, expected=f"{axes} axes", got=leaf.shape)
+    return leaf
+
+
 def need_shape(leaf: Leaf, shape: tuple[int, ...], module: str, what: str) -> Leaf:
     """Return a tensor, or raise :class:`FormatError` where it has another shape."""
     if leaf.shape != shape:

@@ -41,12 +41,13 @@ class TFew(System):
         found = modules(r.tensors, _KEY)
         r.place([f"{m}.weight" for m in found], [f"{m}.bias" for m in found])
         for module, parts in found.items():
-            name, ranks = f"{module}.weight", {p[1].shape[axis] for k, axis in ((A, 0), (B, 1)) if (p := parts.get(k))}
-            if len(ranks) > 1 or any(len(t.shape) != 2 for _, t in parts.values()):
+            flat = [leaf for leaf, (_, t) in parts.items() if len(t.shape) != 2]
+            ranks = set() if flat else {p[1].shape[axis] for k, axis in ((A, 0), (B, 1)) if (p := parts.get(k))}
+            if flat or len(ranks) > 1:
                 got = ", ".join(f"{k} {t.shape}" for k, (_, t) in parts.items())
-                raise FormatError(
-                    "vectors of another shape", parameter=module, expected="(k, in) and (out, k)", got=got
-                )
+                expected = "(k, in) and (out, k)"
+                raise FormatError("vectors of another shape", parameter=module, expected=expected, got=got)
+            name = f"{module}.weight"
             plain = "lora_a" in parts or "lora_b" in parts
             if plain or ranks != {1}:
                 r.add(name, _products(module, parts, plain=plain), keyed(parts))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from loratools.core.lazy import computed
 from loratools.core.update import Leaf
+from loratools.errors import FormatError
 from loratools.formats.papers.system import Reading, System, keyed, modules, need, need_shape, of_model, system
 from loratools.kinds.lowrank import LowRank
 from loratools.leaf import Array
@@ -47,6 +48,9 @@ def gathered(bank: Leaf, places: Leaf, norms: Leaf) -> Leaf:
     def gather() -> Array:
         vector = up(bank)
         index = cast(places.read(), "int64").reshape(-1)
+        if int(index.min()) < 0 or int(index.max()) >= vector.shape[0]:
+            expected, got = f"places 0 to {vector.shape[0] - 1}", f"{int(index.min())} to {int(index.max())}"
+            raise FormatError("a place outside the vector of values", expected=expected, got=got)
         return namespace(vector).take(vector, index).reshape(places.shape) * up(norms)
 
     return computed(places.shape, gather)

@@ -31,7 +31,7 @@ class Paca(Tuner):
     def weight(self, m: Module) -> LowRank:
         """Return the difference of the trained columns and the base's."""
         columns, places, base = m[COLUMNS], m.index(PLACES), m.base_leaf()
-        (out, n), rank = m.shape, columns.shape[1]
+        (out, n), rank = m.shape, m.axes(COLUMNS, 2)[1]
         if places.shape != (rank,):
             raise FormatError("the places do not fit the columns", parameter=m.path, expected=(rank,), got=places.shape)
         s, dtype = m.scale(rank, "paca_alpha"), working_dtype(columns, base)

@@ -106,10 +106,10 @@ def test_mosl_says_how_far_a_stored_merge_is(read: Read, dice: Dice) -> None:
     mean = np.mean([tensors[f"{stem}.{k}.weight"] for k in range(4)], axis=0).astype(np.float32)
     good = read({**tensors, f"{stem}_merge.weight": mean})
     assert any("differs from the mean of the copies by" in r and "_merge" in r for r in good.meta.remarks)
-    gap = [float(r.rsplit(" ", 1)[1]) for r in good.meta.remarks if "differs" in r][0]
+    gap = next(float(r.rsplit(" ", 1)[1]) for r in good.meta.remarks if "differs" in r)
     assert gap <= 4 * EPS
     bad = read({**tensors, f"{stem}_merge.weight": mean / 4})  # the released "joint" divides once more
-    assert [float(r.rsplit(" ", 1)[1]) for r in bad.meta.remarks if "differs" in r][0] > 0.1
+    assert next(float(r.rsplit(" ", 1)[1]) for r in bad.meta.remarks if "differs" in r) > 0.1
 
 
 def test_mosa_bottlenecks_are_merged_read_and_never_added_to_a_weight(read: Read, dice: Dice, tmp_path: Path) -> None:
@@ -310,19 +310,23 @@ def test_paca_refuses_places_that_repeat(read: Read, dice: Dice) -> None:
 
 
 def hadamard64(n: int) -> Array:
-    """K and its power of two by Kronecker products; K = 12 and 20 by Paley's construction, written out again."""
-    k = next(k for k in (40, 20, 12, 1) if n % k == 0)
+    """K and its power of two by Kronecker products; Paley's constructions by Euler's criterion, written out again."""
+    k = next(k for k in (60, 36, 28, 40, 20, 12, 1) if n % k == 0)
     first = scipy.linalg.hadamard(2) if k == 40 else np.eye(1)
-    q = {40: 19, 20: 19, 12: 11}.get(k)
+    q = {60: 59, 40: 19, 20: 19, 12: 11, 28: 13, 36: 17}.get(k)
     if q is not None:
         chi = np.array([0] + [1 if pow(x, (q - 1) // 2, q) == 1 else -1 for x in range(1, q)])
-        core = np.eye(q) - chi[(np.arange(q)[None, :] - np.arange(q)[:, None]) % q]
-        paley = np.block([[np.ones((1, 1)), -np.ones((1, q))], [np.ones((q, 1)), core]])
+        jacobsthal = chi[(np.arange(q)[None, :] - np.arange(q)[:, None]) % q]
+        one, ones = np.ones((1, 1)), np.ones((q, 1))
+        paley = np.block([[one, -ones.T], [ones, np.eye(q) - jacobsthal]])
+        if k in (28, 36):
+            c, i = np.block([[0 * one, ones.T], [ones, jacobsthal]]), np.eye(q + 1)
+            paley = np.block([[c + i, c - i], [c - i, -c - i]])
         first = np.kron(first, paley)
     return np.kron(first, scipy.linalg.hadamard(n // k))
 
 
-@pytest.mark.parametrize("n", [1, 2, 16, 12, 24, 20, 40, 80, 96])
+@pytest.mark.parametrize("n", [1, 2, 16, 12, 24, 20, 40, 80, 96, 28, 112, 36, 60, 120])
 def test_hadamard_matrices(n: int) -> None:
     h = walsh(np.eye(n))
     assert np.array_equal(h @ h.T, n * np.eye(n))
@@ -334,6 +338,13 @@ def test_the_tables_are_those_of_quarot() -> None:
     assert table(12)[1] == (1, 1, -1, 1, -1, -1, -1, 1, 1, 1, -1, 1)
     assert table(20)[1] == (1, 1, -1, 1, 1, -1, -1, -1, -1, 1, -1, 1, -1, 1, 1, 1, 1, -1, -1, 1)
     assert table(40)[20] == (1, *(-1,) * 19, -1, *(1,) * 19)
+    assert table(28)[1][:14] == (1, 1, 1, -1, 1, 1, -1, -1, -1, -1, 1, 1, -1, 1)
+    assert table(28)[15] == (
+        *(1, -1, 1, -1, 1, 1, -1, -1, -1, -1, 1, 1, -1, 1), *(-1, -1, -1, 1, -1, -1, 1, 1, 1, 1, -1, -1, 1, -1),
+    )  # fmt: skip
+    assert table(36)[1][:18] == (1, 1, 1, 1, -1, 1, -1, -1, -1, 1, 1, -1, -1, -1, 1, -1, 1, 1)
+    assert table(36)[19][18:27] == (-1, -1, -1, -1, 1, -1, 1, 1, 1)
+    assert table(60)[1][:20] == (1, 1, -1, 1, -1, -1, -1, 1, -1, 1, -1, 1, 1, -1, 1, 1, -1, -1, -1, 1)
 
 
 @pytest.mark.parametrize("prefix", ["qhft", "qwha"])
@@ -362,7 +373,7 @@ def test_qwha_refuses_sizes_without_a_known_table(read: Read, dice: Dice) -> Non
     at = "base_model.model.q.qwha"
     tensors = {f"{at}_spectrum": dice(2), f"{at}_indices_default": np.array([[0, 1], [2, 3]]),
                f"{at}_scaling_default": np.array(1.0, np.float32)}  # fmt: skip
-    for n in (28, 36, 108, 172, 11008 // 172 * 172):
+    for n in (52, 84, 108, 140, 156, 172, 11008):
         with pytest.raises(UnsupportedError, match="Hadamard"):
             read(
                 tensors,
@@ -397,10 +408,41 @@ def test_lora_xs_folds_its_core_and_ignores_the_side_file(dice: Dice, tmp_path: 
 
 
 def test_unknown_dialects_are_refused_with_what_was_found(read: Read, dice: Dice) -> None:
-    with pytest.raises(FormatError, match="q.other_thing"):
+    with pytest.raises(FormatError, match=r"q\.other_thing"):
         read({"q.other_thing": dice(3, 3)})
     with pytest.raises(FormatError, match="no known reader"):
         read({"q.other_thing": dice(3, 3)}, said='reader = "tera"')
     tensors = {"q.project_params_A": np.zeros((4, 2), np.int64), "q.vector_bank": dice(5)}
     with pytest.raises(FormatError, match="project_params_B"):
         read(tensors)
+
+
+DAMAGED: dict[str, dict[str, Array]] = {
+    "a vector of copies": {f"a.lora_A_q.{k}.weight": np.ones(3, np.float32) for k in range(3)},
+    "half of copies": {f"a.lora_A_q.{k}.weight": np.ones((2, 3), np.float32) for k in range(3)},
+    "a flat lambda": {f"h.{n}": np.ones(3, np.float32)
+                      for n in ("randlora_lambda", "randlora_gamma", "basis_a", "basis_b")},
+    "a flat bottleneck": {f"blocks.0.adapter.{n}": np.ones(3, np.float32)
+                          for n in ("down.weight", "down.bias", "up.weight", "up.bias")},
+    "flat points": {f"a.additional_q.learnable.{n}": np.ones(3, np.float32)
+                    for n in ("In_Qs", "Out_Qs", "shared_coeff_fc")},
+    "flat X": {"q.weight": np.ones((4, 5), np.float32), "q.trainable_scale_A": np.ones(2, np.float32),
+               "q.trainable_shift_B": np.ones(2, np.float32), "q.trainable_X": np.ones(2, np.float32),
+               "q.trainable_Y": np.ones(2, np.float32)},
+    "one branch": {"b.mlp.hydra_mlp_par.down_proj.weight": np.ones((2, 3), np.float32)},
+    "a flat vector": {"q.multi_lora_b": np.ones(3, np.float32)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_checkpoints_are_refused_not_guessed(case: str, read: Read) -> None:
+    with pytest.raises(LoratoolsError):
+        read(DAMAGED[case], base={"h.weight": np.ones((3, 3), np.float32), "q.weight": np.ones((4, 5), np.float32)})
+
+
+def test_places_outside_the_bank_are_an_error(read: Read, dice: Dice) -> None:
+    places = np.array([[0, 7], [1, 2], [3, 4]])
+    tensors = {"q.vector_bank": dice(5), "q.project_params_A": places, "q.project_params_B": np.zeros((2, 4), np.int64),
+               "q.norm_factor_A": dice(3, 2), "q.norm_factor_B": dice(2, 4)}  # fmt: skip
+    with pytest.raises(FormatError, match="outside"):
+        delta(read(tensors), "q.weight")
