@@ -190,3 +190,27 @@ def test_it_survives_the_native_format(made: Any, tmp_path: Path) -> None:
     for name, d in _changes(made.adapter, made.base).items():
         again = _changes(back, made.base)[name]
         assert np.abs(again - d).max() <= 1e-14 * max(np.abs(d).max(), 1.0), name  # strides change the order of sums
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "layers"),
+    [
+        ("HiraConfig", {"r": 3}, ("conv", "point", "embedding")),
+        ("HiraConfig", {"r": 3}, ("turned",)),
+        ("OFTConfig", {"oft_block_size": 4}, ("conv", "embedding")),
+        ("IA3Config", {"feedforward_modules": []}, ("turned", "conv")),
+    ],
+)
+def test_other_layers_become_a_lora_that_peft_loads(
+    config: str, fields: dict[str, Any], layers: tuple[str, ...], oracle_in: Callable[..., Any], tmp_path: Path
+) -> None:
+    import peft
+
+    made = oracle_in(tmp_path / "own", config, layers, **fields)
+    true = made.changes()
+    lt.save(lt.squeeze(made.read(), rank=36, base=made.base), tmp_path / "lora", format="peft")
+    merged = peft.PeftModel.from_pretrained(made.plain(), tmp_path / "lora").merge_and_unload().state_dict()
+    for name, w in made.base.items():
+        d = true.get(name, np.zeros(1))
+        bound = 2e-6 * max(np.abs(d).max(), np.abs(w).max())
+        assert np.abs(merged[name].double().numpy() - w - d).max() <= bound, name
