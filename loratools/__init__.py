@@ -17,6 +17,8 @@ _EXPORTS = {
     "save": "loratools.files",
     "from_state_dict": "loratools.files",
     "squeeze": "loratools.ops.squeeze",
+    "fuse_sparse": "loratools.ops.fuse_sparse",
+    "sparse_interference": "loratools.ops.sparse_interference",
     "switch": "loratools.ops.switch",
     "Switchboard": "loratools.ops.switch",
     "quantize": "loratools.ops.quantise",

@@ -64,3 +64,18 @@ def test_disjoint_supports_commute_bit_for_bit() -> None:
     assert np.array_equal(one.dense(), two.dense())
     w = np.random.default_rng(2).standard_normal((30, 24)).astype(np.float16)
     assert np.array_equal(v.apply(u.apply(w)), u.apply(v.apply(w)))
+
+
+def test_adapters_are_fused_module_by_module() -> None:
+    import loratools as lt
+    from loratools.errors import UnsupportedError
+    from loratools.kinds.lowrank import LowRank
+
+    one, two = Adapter({"x.weight": sparse(1), "y.weight": sparse(3)}), Adapter({"x.weight": sparse(2)})
+    done = lt.fuse_sparse([one, two], weights=[1.0, 0.5])
+    assert np.array_equal(done["y.weight"].dense(), one["y.weight"].dense())
+    assert np.array_equal(done["x.weight"].dense(), sparse_union([sparse(1), sparse(2)], [1.0, 0.5]).dense())
+    with pytest.raises(UnsupportedError):
+        lt.fuse_sparse([one, Adapter({"x.weight": LowRank.example(0)})])
+    with pytest.raises(UsageError):
+        lt.fuse_sparse([one, two], weights=[1.0])
