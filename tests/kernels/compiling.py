@@ -26,7 +26,6 @@ from loratools.kernels.blocks import options, pick
 TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 TERMS = {"bf16": 1, "fp16": 2, "fp32": 3}
-SHARED_LIMIT = 232448  # bytes of shared memory that one block may have on sm_90
 
 Variant = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
 
