@@ -17,6 +17,8 @@ from loratools.io.zips import zip_is_plain
 from loratools.leaf import ITEMSIZE, Leaf
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+_TRAINING = ("optimizer", "optimizer_state_dict", "lr_scheduler", "scheduler", "scaler")  # beside a wrapper: not read
+LEFT_OUT = "loratools.training_state"
 _SAFE_TORCH = (2, 6)  # earlier versions of the restricted unpickler could be made to run code (CVE-2025-32434)
 _BOILERPLATE = ("Weights only load failed", "Check the documentation", "In PyTorch")
 # A damaged pickle may fail anywhere in the unpickler or in the rebuilding of a tensor.
@@ -29,9 +31,10 @@ _DAMAGE = (
 def read_pickle(path: Path, *, zipped: bool) -> tuple[dict[str, Leaf], dict[str, str]]:
     """Return a leaf per tensor and the plain values beside them (as text).
 
-    The tensors may lie under one of ``state_dict``, ``model_state_dict``, ``model``, ``module``; a plain list becomes
-    ``"0"``, ``"1"``, .... Raises MissingExtraError without torch, FormatError for a global that the restricted
-    unpickler refuses and for content that is neither tensors nor plain values.
+    The tensors may lie under one of ``state_dict``, ``model_state_dict``, ``model``, ``module``, beside which the state
+    of an optimizer is left out, and named among the plain values; a plain list becomes ``"0"``, ``"1"``, .... Raises
+    MissingExtraError without torch, FormatError for a global that the restricted unpickler refuses and for content that
+    is neither tensors nor plain values.
     """
     torch = _import_torch()
     mappable = zipped and zip_is_plain(path)
@@ -106,7 +109,9 @@ def _unwrap(held: Any, torch: Any) -> tuple[dict[str, Any], dict[str, str]]:
     outer, inner = {name: value for name, value in held.items() if name != wrapped[0]}, held[wrapped[0]]
     if both := set(outer) & set(inner):
         raise FormatError(f"names occur inside and beside {wrapped[0]!r}", got=", ".join(sorted(map(str, both))))
-    return _split({**inner, **outer}, torch)
+    training = [name for name in _TRAINING if isinstance(outer.get(name), Mapping)]
+    tensors, plain = _split({**inner, **{k: v for k, v in outer.items() if k not in training}}, torch)
+    return tensors, plain | ({LEFT_OUT: ", ".join(training)} if training else {})
 
 
 def _split(held: Mapping[Any, Any], torch: Any) -> tuple[dict[str, Any], dict[str, str]]:

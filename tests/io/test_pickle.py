@@ -81,7 +81,7 @@ ODD: dict[str, tuple[Any, str]] = {
     "two wrappers": ({"model": {"t": T}, "state_dict": {"t": T}}, "model"),
     "wrapper and tensors": ({"model": {"t": T}, "u": T}, "tensors beside them"),
     "same name inside and outside": ({"model": {"t": T, "epoch": 1}, "epoch": 2}, "epoch"),
-    "other entries": ({"model": {"t": T}, "optimizer": {"state": {}}}, "optimizer (dict)"),
+    "other entries": ({"model": {"t": T}, "tables": {"state": {}}}, "tables (dict)"),
     "unnamed nesting": ({"lora": {"t": T}}, "lora (dict)"),
     "a list with more": ([T, "x"], "1 (str)"),
     "a tensor alone": (T, "Tensor"),
@@ -99,6 +99,13 @@ def test_what_is_no_state_dict_is_told(case: str, save: Any) -> None:
     with pytest.raises(FormatError) as caught:
         open_bundle(path)
     assert told in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_the_state_of_an_optimizer_beside_the_model_is_left_out_and_named(save: Any) -> None:
+    bundle = open_bundle(save({"model": {"t": T}, "optimizer": {"state": {0: {"exp_avg": T}}}, "epoch": 3}))
+    assert list(bundle.tensors) == ["t"]
+    assert bundle.metadata["loratools.training_state"] == "optimizer"
+    assert bundle.metadata["epoch"] == "3"
 
 
 def test_a_malicious_pickle_executes_nothing(save: Any, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from loratools.formats.papers.system import SYSTEMS, Reading, System, refuse_set
 from loratools.io.base import Base
 from loratools.io.bundle import Bundle
 from loratools.io.manifest import FILES, KEY
+from loratools.io.pickle import LEFT_OUT
 
 
 class Papers(Format):
@@ -45,11 +46,13 @@ class Papers(Format):
         chosen.read(r)
         if not r.updates:
             raise FormatError(f"no update in this {chosen.name} checkpoint", got=f"{len(bundle.tensors)} tensors")
+        if LEFT_OUT in bundle.metadata:
+            r.remarks.append(f"the state of the training is left out: {bundle.metadata[LEFT_OUT]}")
         found = Found(r.updates, r.layout, remarks=[f"read as a checkpoint of {chosen.name}", *r.remarks])
         every = {key for parts in r.used.values() for key in parts}
         rest = {key: leaf for key, leaf in bundle.tensors.items() if key not in every}
         found.rest(rest, allow_unknown=allow_unknown, known=chosen.carries)
-        metadata = {key: text for key, text in bundle.metadata.items() if key not in (KEY, FILES)}
+        metadata = {key: text for key, text in bundle.metadata.items() if key not in (KEY, FILES, LEFT_OUT)}
         config: dict[str, Any] = {"reader": chosen.name}
         config |= {"manifest": bundle.metadata[KEY], "files": bundle.metadata.get(FILES, "")} if said else {}
         adapter = found.adapter(

@@ -149,6 +149,16 @@ def test_adaptertune_is_read_and_refused_where_it_would_be_merged(read: Read, di
         lt.merge({"blocks.0.mlp.fc2.weight": dice(8, 8)}, [adapter], tmp_path / "merged.safetensors")
 
 
+def test_adaptertune_as_its_trainer_saves_it(dice: Dice, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="torch files need torch")
+    tensors = {k: torch.from_numpy(v) for k, v in bottleneck(dice).items()}
+    state = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
+    torch.save({"model": tensors, "optimizer": state, "epoch": 7}, tmp_path / "best.pt")
+    adapter = lt.load(tmp_path / "best.pt")
+    assert set(adapter) == set(tensors)
+    assert "the state of the training is left out: optimizer" in adapter.meta.remarks
+
+
 def test_adaptertune_merges_where_it_is_linear(read: Read, dice: Dice) -> None:
     tensors = bottleneck(dice)
     w, b = dice(8, 5), dice(8)
