@@ -142,6 +142,8 @@ def _shaped(update: Delta, entry: Mapping[str, Any]) -> Update:
     shape = entry.get("shape")
     if shape is None:
         return update
+    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape) or len(shape) < 2:
+        raise FormatError("shape is no list of sizes", expected="[out, in, ...]", got=repr(shape)[:80])
     done = with_shape(update, tuple(shape))
     if done.shape != tuple(shape):
         raise FormatError("the update has another shape", expected=shape, got=update.shape)

@@ -239,6 +239,7 @@ REFUSED = {
     "settings that are no table": 'settings = 3\n[[update]]\nname = "w"\ndelta = "b"',
     "a base that is no name": 'base = 3\n[[update]]\nname = "w"\ndelta = "b"',
     "a shape that is none": '[[update]]\nname = "w"\ndelta = "b"\nshape = "large"',
+    "a shape that is a number": '[[update]]\nname = "w"\ndelta = "b"\nshape = 3',
     "a scale that is none": '[[update]]\nname = "w"\ndelta = "b"\nscale = {}',
     "a placeholder that is none": '[[update]]\nname = "{1}.w"\ndelta = "{1}.b"',
     "an update that is none": "update = 3",

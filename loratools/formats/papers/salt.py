@@ -15,7 +15,7 @@ import numpy as np
 
 from loratools.core.lazy import computed
 from loratools.core.update import Leaf
-from loratools.errors import UnsupportedError
+from loratools.errors import FormatError, UnsupportedError
 from loratools.formats.papers.system import (
     Reading,
     System,
@@ -62,6 +62,8 @@ class Salt(System):
                 raise UnsupportedError(what, parameter=module, expected=", ".join(_LEAVES), got=", ".join(unknown))
             scale, shift, x, y = need(parts, module, *_LEAVES)
             w = r.tensors[name] if module in inside else r.weight(name, "SALT")
+            if len(w.shape) < 2:
+                raise FormatError("SALT edits matrices", parameter=name, expected="(out, in, ...)", got=w.shape)
             need_axes(scale, 1, module, "trainable_scale_A")
             need_axes(x, 2, module, "trainable_X")
             rest = min(w.shape[0], prod(w.shape[1:])) - scale.shape[0]
