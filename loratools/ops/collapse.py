@@ -96,7 +96,8 @@ def _weights(
     each = 1.0 / len(chosen) if omega is None else omega
     if not isfinite(each) or each == 0:
         raise UsageError("a weight of experts is a number other than 0", got=omega)
-    return dict.fromkeys(mixture.experts, [each if e in chosen else 0.0 for e in mixture.numbers])
+    weights = [each if e in chosen else 0.0 for e in mixture.numbers]
+    return {name: list(weights) for name in mixture.experts}
 
 
 def _routed(name: str, found: Mapping[str, Array], count: int) -> list[float]:
@@ -197,7 +198,7 @@ def spread(
         return rms, None
     subsets = combinations(range(count), choice)
     gaps = (_square(gram, [(each if e in s else 0.0) - weights[e] for e in range(count)]) for s in map(set, subsets))
-    return rms, sqrt(max(max(gaps), 0.0))
+    return rms, sqrt(max(0.0, *gaps))
 
 
 def _square(gram: Sequence[Sequence[float]], x: Sequence[float]) -> float:

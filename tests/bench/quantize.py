@@ -186,7 +186,11 @@ def real(most: int, only: str | None) -> dict[str, Any]:
         adapter = sample(folder, most) if folder.is_dir() and (only is None or only in folder.name) else None
         if adapter is not None:
             rows[folder.name] = {"modules": len(adapter), **{name: compared(adapter, name) for name in BASELINES}}
-            print(folder.name, {n: round(r["ours"] / r["error"], 3) for n, r in rows[folder.name].items() if n in BASELINES}, flush=True)  # noqa: E501
+            print(
+                folder.name,
+                {n: round(r["ours"] / r["error"], 3) for n, r in rows[folder.name].items() if n in BASELINES},
+                flush=True,
+            )
     means = {name: math.exp(np.mean([math.log(r[name]["ours"] / r[name]["error"]) for r in rows.values()]))
              for name in BASELINES} if rows else {}  # fmt: skip
     worst = {name: max(r[name]["ours"] / r[name]["error"] for r in rows.values()) for name in BASELINES} if rows else {}

@@ -15,7 +15,8 @@ COMMANDS = cli.main.list_commands(None)  # type: ignore[arg-type]
 FIXTURES = sorted(p.parent for p in (Path(__file__).parents[2] / "fixtures").glob("*/*/adapter_model.safetensors"))
 BASE = Path(__file__).parents[2] / "fixtures" / "digits" / "base"
 FRONT = {"merge": [BASE], "unmerge": [BASE], "extract": [BASE], "switch": [BASE, "--on"]}  # what comes before the input
-SPECIAL = {"collapse", "unmerge", "extract", "recover", "routing", "switch", "dequantize", "stats"}  # not every adapter is an input of theirs
+# not every adapter is an input of theirs
+SPECIAL = {"collapse", "unmerge", "extract", "recover", "routing", "switch", "dequantize", "stats"}
 TARGETS = {
     "check": ["--for", "peft"],
     "collapse": ["--mean", "--dry-run"],

@@ -23,7 +23,7 @@ DIGITS = Path(__file__).parents[2] / "fixtures" / "digits" / "r4"
 
 def made(dtype: Any = np.float32) -> Adapter:
     rng = np.random.default_rng(0)
-    b, a, m = (rng.standard_normal(s).astype(dtype) for s in ((7, 3), (3, 11), (7,)))
+    b, a = (rng.standard_normal(s).astype(dtype) for s in ((7, 3), (3, 11)))
     b[0, 0], b[1, 1], a[0, 0] = -0.0, np.nan, np.inf  # bits are bits
     return Adapter(
         {
