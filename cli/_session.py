@@ -27,9 +27,10 @@ def read(
     """Load the adapter and open the base; ``--base auto`` needs the adapter's own word for it first."""
     order = _options.expert_order()
     if base == "auto":
-        opened: Base | None = Base.open(
-            _cached(load(path, format=format, allow_unknown=allow_unknown, expert_order=order))
-        )
+        said = _said_base(path)
+        if said is None:
+            said = load(path, format=format, allow_unknown=allow_unknown, expert_order=order).meta.base_id
+        opened: Base | None = Base.open(_cached(said))
     else:
         opened = None if base is None else Base.open(base)
     adapter = load(path, format=format, base=opened, allow_unknown=allow_unknown, expert_order=order)
@@ -37,12 +38,21 @@ def read(
     return (adapter if where == "cpu" else adapter.to(where)), opened
 
 
-def _cached(adapter: Adapter) -> Path:
+def _said_base(path: Path) -> str | None:
+    """Return what the config beside the weights calls the base, before anything is decoded: that may need the base."""
+    from loratools.formats.peft.config import base_name
+    from loratools.io.sidecar import read_json
+
+    config = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    return base_name(read_json(config)) if config.is_file() else None
+
+
+def _cached(base_id: str | None) -> Path:
     from loratools.io.hub import cached_model
 
-    if not adapter.meta.base_id:
+    if not base_id:
         raise UsageError("--base auto: the adapter does not name its base", hint="pass the base model's path")
-    return cached_model(adapter.meta.base_id)
+    return cached_model(base_id)
 
 
 def _device(asked: str) -> str:

@@ -119,7 +119,7 @@ def size(count: Any) -> str:
 
 def percent(share: Any) -> str:
     """Return a share as a percentage with two decimals (more where it is nearly all)."""
-    return f"{100 * share:.2f}%" if share < 0.9999 or share == 1 else f"{100 * share:.5f}%"
+    return f"{100 * share:.2f}%" if not 0.9999 <= share < 1 else f"{100 * share:.5f}%"
 
 
 def small(value: Any) -> str:
@@ -139,3 +139,12 @@ def progress(total: int, *, enabled: bool) -> Iterator[Callable[[int, int], None
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("working", total=total)
         yield lambda done, whole: bar.update(task, completed=done, total=whole)
+
+
+def density(report: Any) -> None:
+    """Print what the table of a sparse adapter has no room for: densities, r, and what each layout would take."""
+    total = report.total
+    peft = "cannot hold it" if total["bytes_peft"] is None else size(total["bytes_peft"])
+    r = "" if total["r"] is None else f", r = {total['r']}"
+    click.echo(f"density {total['density_asked']:g} asked, {total['density']:.6g} written{r}")
+    click.echo(f"weights file: native {size(total['bytes_native'])}, peft {peft}")

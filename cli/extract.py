@@ -184,5 +184,8 @@ def _sparse(
             keep_base=keep_base, carry=carry, to=to, dtype=dtype, seed=seed,
         )  # fmt: skip
     shown = _session.Target(target, overwrite, dry_run, as_json, quiet)
-    return _session.deliver(done, [], shown, gate, columns=SPARSE, worst="relative_error", base=base, format=to,
+    code = _session.deliver(done, [], shown, gate, columns=SPARSE, worst="relative_error", base=base, format=to,
                             models=[_model.model_input(base), _model.model_input(tuned)])  # fmt: skip
+    if not (as_json or quiet):
+        _show.density(done.report)
+    return code

@@ -146,5 +146,7 @@ def _neighbours(report: Any) -> None:
     """Print what the same bytes would do at other numbers of bits."""
     rows = report.extra["neighbours"]
     if rows:
-        told = (f"{r['bits']} bit x {r['components']:.3g}: {r['relative_error']:.3g}" for r in rows)
-        click.echo(f"these bytes spent otherwise (bits x components: rel. error): {'; '.join(told)}")
+        told = "; ".join(f"{r['bits']} bit x {r['components']:.3g}: {r['relative_error']:.3g}" for r in rows)
+        click.echo(
+            f"these bytes spent otherwise (bits x components: plain error of a few modules, quickly encoded): {told}"
+        )

@@ -93,14 +93,5 @@ def command(
     code = _session.deliver(done, [adapter], shown, gate, columns=COLUMNS, worst="relative_error", base=opened,
                             format=to)  # fmt: skip
     if not (as_json or quiet):
-        _told(done.report)
+        _show.density(done.report)
     return code
-
-
-def _told(report: Any) -> None:
-    """Print what the table has no room for: densities, r, and what each layout would take."""
-    total = report.total
-    peft = "cannot hold it" if total["bytes_peft"] is None else _show.size(total["bytes_peft"])
-    r = "" if total["r"] is None else f", r = {total['r']}"
-    click.echo(f"density {total['density_asked']:g} asked, {total['density']:.6g} written{r}")
-    click.echo(f"weights file: native {_show.size(total['bytes_native'])}, peft {peft}")

@@ -14,6 +14,7 @@ COLUMNS: tuple[_show.Column, ...] = (
     ("rank_after", "->", str),
     ("scale_before", "scale", _show.small),
     ("scale_after", "->", _show.small),
+    ("relative_error", "rel. error", _show.small),
     ("prefix_error", "prefix error", _show.small),
     ("optimal_error", "optimal", _show.small),
     ("bytes_before", "bytes", _show.size),

@@ -12,11 +12,14 @@ from loratools.consumers.placement import both_trees, drift
 from loratools.consumers.subject import Subject
 from loratools.errors import LoratoolsError
 from loratools.formats.peft.config import listed, settings
+from loratools.formats.peft.keys import PREFIX
 from loratools.formats.peft.patterns import resolver
 
 SOURCE = "PEFT 0.21.2: peft_model.py, utils/save_and_load.py, tuners/lora (run)"
 HEADS = ("classifier", "score", "qa_outputs")
 DEFAULT_RANK = DEFAULT_ALPHA = 8
+SHARED = tuple(f"base_model.{of}_" for of in ("vera", "pvera", "randlora", "vblora", "unilora", "tinylora"))
+"""Tensors of a whole model, not of a module."""
 TYPES = (
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "LORA", "ADALORA", "ADAMSS", "BOFT",
     "ADAPTION_PROMPT", "IA3", "BEFT", "LILY", "LOHA", "LOKR", "OFT", "POLY", "LN_TUNING", "VERA", "FROD", "PVERA",
@@ -83,8 +86,8 @@ def _unprefixed(subject: Subject) -> Evidence | None:
 
 
 def _some_unprefixed(subject: Subject) -> Evidence | None:
-    bare = reads.unprefixed(subject)
-    return bare if bare is not None and len(bare.modules) < len(subject.tensors) else None
+    keys = [k for k in subject.tensors if not k.startswith((PREFIX, *SHARED))]
+    return found(keys, len(subject.tensors)) if len(keys) < len(subject.tensors) else None
 
 
 def _saved_missing(subject: Subject) -> Evidence | None:
@@ -139,7 +142,7 @@ RULES = (
     Rule(
         "alpha-unsaid",
         UNSURE,
-        reads.lacks("lora_alpha"),
+        lambda s: None if reads.not_lora(s) else reads.lacks("lora_alpha")(s),
         f"PEFT takes {DEFAULT_ALPHA} where lora_alpha is missing",
         SOURCE,
         "write the training's lora_alpha into adapter_config.json",

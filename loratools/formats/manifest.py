@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -135,6 +136,8 @@ def delta_of(entry: Mapping[str, Any], scope: Scope) -> Delta:
     """Return the scaled update of an entry."""
     update = update_of(entry["delta"], scope)
     said = entry.get("scale", 1.0)
+    if isinstance(said, float) and not math.isfinite(said):
+        raise FormatError("a scale is no number", expected="a finite number, or the name of a tensor", got=said)
     return update if said == 1.0 else matrix(scaled(update, scope.tensor(said) if isinstance(said, str) else said))
 
 

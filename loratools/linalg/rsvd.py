@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from loratools.dispatch import accelerable
-from loratools.errors import UsageError
+from loratools.errors import NumericsError, UsageError
 from loratools.leaf import Array
 from loratools.linalg.factored import SVD
 from loratools.linalg.namespace import down, dtype_name, namespace, up, working_dtype
@@ -136,6 +136,8 @@ def rsvd(op: Operator | Array, k: int, *, oversample: int = 10, power: int = 2, 
     xp = namespace(q)
     right = up(orthonormalise(z), "float64")
     core = xp.matrix_transpose(up(z, "float64")) @ right
+    if not bool(xp.all(xp.isfinite(core))):
+        raise NumericsError("the update is not finite", hint="the adapter diverged in training, or is damaged")
     u, s, vh = xp.linalg.svd(core, full_matrices=False)
     tall = up(q, "float64") @ u[..., :k]
     wide = vh[..., :k, :] @ xp.matrix_transpose(right)

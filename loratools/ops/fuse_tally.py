@@ -11,6 +11,7 @@ from operator import add
 from typing import Any
 
 from loratools.core.update import Array, Delta, namespace
+from loratools.errors import NumericsError
 from loratools.fusion.scalars import Gram, gram, norm_of
 from loratools.kinds.lowrank import LowRank
 from loratools.linalg import seeds
@@ -130,6 +131,8 @@ def _gram_of(columns: Sequence[Array]) -> Array:
 def inverse_root(g: Array) -> Array:
     """Return w (r, k) with w w^T the pseudo-inverse of g: b w is an orthonormal basis of the columns of b."""
     xp = namespace(g)
+    if not bool(xp.all(xp.isfinite(g))):
+        raise NumericsError("a factor is not finite", hint="the adapter diverged in training, or is damaged")
     values, vectors = xp.linalg.eigh(g)
     alive = values > NEGLIGIBLE * max(float(values[-1]), 1e-300)
     return vectors[:, alive] / xp.sqrt(values[alive])

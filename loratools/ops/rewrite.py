@@ -72,7 +72,7 @@ def rewrite(base: Base, shards: Sequence[Shard], changes: Mapping[str, Change], 
     pool.keep_freed_memory()
     for shard in shards:
         with pool.part(done, whole):
-            if not staging.has(shard.name):
+            if not (staging.has(shard.name) and staging.has(_sidecars(shard)[0])):  # its figures go first at the end
                 _write_shard(base, shard, changes, staging)
         figures.update(_told(shard, staging))
         done += shard.nbytes

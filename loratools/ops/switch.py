@@ -88,11 +88,19 @@ def _switched(
     opened: Base, state: State, adding: Sequence[tuple[str, Adapter]], removing: Sequence[tuple[str, Adapter]],
     dry_run: bool,
 ) -> Report:  # fmt: skip
+    if dry_run and state.pending() is not None:
+        raise UsageError(
+            "a switch of this model was interrupted and has to be completed first",
+            file=opened.path,
+            hint="loratools switch MODEL completes it",
+        )
     told = _recovered(opened, state)
     listed = state.on()
     present = [state.record(id, label) for id, label in listed.items()]
     gone = [_active(label, adapter, listed, opened) for label, adapter in removing]
-    twice = [label for label, adapter in adding if content_hash(adapter) in set(listed) - set(gone)]
+    hashes = [content_hash(adapter) for _, adapter in adding]
+    known = set(listed) - set(gone)
+    twice = [label for i, (label, _) in enumerate(adding) if hashes[i] in known or hashes[i] in hashes[:i]]
     if twice:
         raise UsageError("this adapter is on already", file=opened.path, got=twice[0])
     stay = [r for r in present if r.id not in gone]

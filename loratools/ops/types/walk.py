@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import sqrt
+from math import isfinite, sqrt
 from statistics import median
 from typing import Any
 
 from loratools.core import generic
 from loratools.core.adapter import Adapter
 from loratools.core.update import Delta, Update
-from loratools.errors import ConversionError, LoratoolsError, NeedsBaseError
+from loratools.errors import ConversionError, LoratoolsError, NeedsBaseError, NumericsError
 from loratools.files import BaseLike, open_base
 from loratools.formats.peft.config import altered_base
 from loratools.kinds.lowrank import LowRank
@@ -62,6 +62,8 @@ def walk(
         w = u.value if isinstance(u, Rebased) else opened.leaf(names[name]) if opened and name in names else None
         try:
             new, row = one(name, _inner(u), None if w is None else beside(w, u))
+            if not isfinite(row["relative_error"]):
+                raise NumericsError("the update is not finite", hint="the adapter diverged in training, or is damaged")
         except LoratoolsError as error:
             raise error.at(file=adapter.meta.path, parameter=name) from error
         updates[name] = replace(u, update=new) if isinstance(u, Rebased) else new
