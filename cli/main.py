@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import os
 import sys
@@ -14,6 +15,9 @@ from loratools.errors import LoratoolsError
 from loratools.version import VERSION
 
 DONE, GATE, WRONG, BUG, INTERRUPTED = 0, 1, 2, 3, 130
+_SELDOM = (
+    50_000  # new objects between two searches for cycles: a command makes few, and the searches cost a tenth of it
+)
 _BLAS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 
@@ -43,7 +47,10 @@ def run(argv: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 gate failed, 2 wrong input, 3 our bug, 130 interrupted."""
     for name in _BLAS:  # read by BLAS when NumPy is first imported; one pool of threads, over modules
         os.environ.setdefault(name, "1")
-    sys.exit(_code(argv))
+    gc.set_threshold(_SELDOM)
+    code = _code(argv)
+    gc.freeze()  # what is left is freed with the process: the interpreter need not search it once more
+    sys.exit(code)
 
 
 def _code(argv: list[str] | None) -> int:

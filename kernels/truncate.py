@@ -1,6 +1,6 @@
 """Exact truncation of all modules of an adapter at once: the fused body of ``linalg.factored.truncate_many``.
 
-The mathematics is that of :mod:`loratools.linalg.gram`, stage by stage over all modules instead of module by module:
+The mathematics is that of :mod:`loratools.linalg.cores`, stage by stage over all modules instead of module by module:
 Gram matrices of every factor in one launch, the R x R work in a few batched calls in fp64, one transfer of the spectra
 to the host, where ranks are chosen and trust is decided by the same rules, and thin products in one launch. Modules
 that the fp32 Gram matrices cannot be trusted with go through the same stages with fp64 ones, and what is left after
@@ -21,8 +21,9 @@ from loratools.kernels.gram import NOISE, grams
 from loratools.kernels.target import Tensor, usable
 from loratools.kernels.thin import thin
 from loratools.linalg import factored
+from loratools.linalg.cores import BALANCE, EXCESS
 from loratools.linalg.factored import Choose, Truncation
-from loratools.linalg.gram import BALANCE, EXCESS, FP32, FP64, Precision
+from loratools.linalg.gram import FP32, FP64, Precision
 
 SHORT = FP32._replace(noise=NOISE)
 
@@ -38,7 +39,7 @@ class Module(NamedTuple):
 
 
 class Cores(NamedTuple):
-    """Spectra of a batch of modules of one rank R, and what their factors are made of: see linalg.gram.Spectrum.
+    """Spectra of a batch of modules of one rank R, and what their factors are made of: see linalg.cores.Cores.
 
     ``s (batch, R)`` descending, zeros beyond min(R, m, n); ``lv``, ``gb (batch, R, R)``; ``gauge (batch, R)``;
     ``noise (batch,)``, NaN where the Gram matrices broke down.
@@ -123,7 +124,7 @@ def _grams(group: Sequence[Module], precision: Precision) -> tuple[Tensor, Tenso
 
 
 def _cores(group: Sequence[Module], gb: Tensor, ga: Tensor, precision: Precision) -> Cores:
-    """Return the spectra: :func:`loratools.linalg.gram.spectrum` for a batch, without a synchronisation."""
+    """Return the spectra: :func:`loratools.linalg.cores.spectra` for a batch, without a synchronisation."""
     device = gb.device
     scale = torch.tensor([x.scale for x in group], dtype=torch.float64, device=device)
     nb, na = (torch.diagonal(g, dim1=-2, dim2=-1) for g in (gb, ga))
@@ -153,7 +154,7 @@ def _cores(group: Sequence[Module], gb: Tensor, ga: Tensor, precision: Precision
 
 
 def _trusted(group: Sequence[Module], s: Any, noise: Any, counts: Any, ranks: Any) -> Any:
-    """Return for every module what :func:`loratools.linalg.gram.trusted` tells; False where it broke down."""
+    """Return for every module what :func:`loratools.linalg.cores.trusted` tells; False where it broke down."""
     fine = ranks > 0
     noise = np.where(fine, noise, 0.0)
     energies = s**2
@@ -177,7 +178,7 @@ def _trusted(group: Sequence[Module], s: Any, noise: Any, counts: Any, ranks: An
 def _factors(
     group: Sequence[Module], ranks: Sequence[int], found: Cores, places: Sequence[int], precision: Precision
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the balanced factors b (m, k) and a (k, n) of every module in fp32: linalg.gram.balanced for a batch."""
+    """Return the balanced factors b (m, k) and a (k, n) of every module in fp32: linalg.cores.balanced for a batch."""
     device, most = found.s.device, max(ranks)
     at = torch.tensor(places, device=device)
     s, lv, gb, gauge = (t[at] for t in (found.s, found.lv, found.gb, found.gauge))

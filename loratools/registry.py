@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
@@ -40,6 +39,8 @@ class Registry(Mapping[str, T]):
         """Import every module of the package once, so that all decorators have run."""
         if self._discovered:
             return
+        import pkgutil  # here, because most runs name what they need
+
         self._discovered = True
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__, f"{self.package}."):

@@ -14,7 +14,8 @@ from loratools.leaf import Array, Leaf
 from loratools.linalg.namespace import device_of, dtype_name, to_device
 from loratools.report import Report
 
-CPU_BATCH_BYTES = 1  # one update per task: small matrices stay in cache, and the pool balances the load
+ONE = 1  # byte: a batch holds at least one update
+CPU_BATCH_BYTES = 1 << 20  # small updates share the cost of calls; larger ones go alone, and the pool balances the load
 
 
 class Absorbed(NamedTuple):
@@ -82,7 +83,7 @@ class Adapter(Mapping[str, Update]):
 
     def map(self, f: Callable[[str, Update], Update]) -> Adapter:
         """Apply ``f(name, update)`` to every update, in parallel on a CPU; errors name the parameter."""
-        return self.map_groups(lambda names, us: [f(n, u) for n, u in zip(names, us, strict=True)])
+        return self.map_groups(lambda names, us: [f(n, u) for n, u in zip(names, us, strict=True)], limit_bytes=ONE)
 
     def map_groups(
         self,
@@ -94,12 +95,13 @@ class Adapter(Mapping[str, Update]):
         """Apply ``f`` to batches of updates with equal ``key`` of at most ``limit_bytes``; the only place of batching.
 
         By default updates on an accelerator are batched by kind and dtypes in chunks of 1 GiB (kernels take different
-        shapes in one launch), and updates on the CPU go one by one through a thread pool. The result keeps the order of
-        the adapter.
+        shapes in one launch), and updates on the CPU go through a thread pool, those of less than 1 MB together. The
+        result keeps the order of the adapter. An error of a batch of one names its parameter.
         """
         on_cpu = all(device_of(t) == "cpu" for u in self.values() for _, t in tensors(u) if not isinstance(t, Leaf))
         limit = limit_bytes or (CPU_BATCH_BYTES if on_cpu else 1 << 30)
-        batches = _batches(self.updates, key or _same_form, limit)
+        sizes = {name: nbytes(u) for name, u in self.items()}
+        batches = _batches(self.updates, sizes, key or _same_form, limit)
 
         def run(batch: Sequence[str]) -> Sequence[Update]:
             try:
@@ -107,7 +109,7 @@ class Adapter(Mapping[str, Update]):
             except LoratoolsError as error:
                 raise error.at(file=self.meta.path, parameter=batch[0] if len(batch) == 1 else None) from error
 
-        done = parallel_map(run, batches, weights=[sum(nbytes(self[n]) for n in b) for b in batches], threaded=on_cpu)
+        done = parallel_map(run, batches, weights=[sum(map(sizes.__getitem__, b)) for b in batches], threaded=on_cpu)
         results = {n: u for batch, us in zip(batches, done, strict=True) for n, u in zip(batch, us, strict=True)}
         return replace(self, updates={name: results[name] for name in self})
 
@@ -124,12 +126,14 @@ def _same_form(u: Update) -> Hashable:
     return type(u), tuple(dtype_name(t) for _, t in tensors(u))
 
 
-def _batches(updates: Mapping[str, Update], key: Callable[[Update], Hashable], limit: int) -> list[list[str]]:
+def _batches(
+    updates: Mapping[str, Update], sizes: Mapping[str, int], key: Callable[[Update], Hashable], limit: int
+) -> list[list[str]]:
     """Group names by key, in order of first appearance, in chunks of at most ``limit`` bytes (at least one update)."""
     open_batches: dict[Hashable, tuple[list[str], int]] = {}
     batches: list[list[str]] = []
     for name, u in updates.items():
-        k, size = key(u), nbytes(u)
+        k, size = key(u), sizes[name]
         batch, total = open_batches.get(k, ([], 0))
         if not batch or total + size > limit:
             batch, total = [], 0

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from math import prod
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 from loratools.leaf import Array, Leaf
 from loratools.linalg.namespace import down, dtype_name, namespace, up, working_dtype
 from loratools.registry import Registry
 
 KINDS: Registry[type[Update]] = Registry("loratools.kinds", "kind")
-K = TypeVar("K", bound="type[Update]")
+K = TypeVar("K", bound="Update")
 
 
-def kind(name: str) -> Callable[[K], K]:
-    """Class decorator: register a kind of update under the name that files and reports use."""
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(field,))
+def kind(name: str) -> Callable[[type[K]], type[K]]:
+    """Class decorator: make a frozen dataclass, and register it under the name that files and reports use.
 
-    def register(cls: K) -> K:
+    Two updates are equal if they are the same object: whether arrays are equal is a question with many answers.
+    """
+
+    def register(cls: type[K]) -> type[K]:
         cls.kind = name
-        KINDS.add(name)(cls)
-        return cls
+        made = dataclass(frozen=True, eq=False, repr=False)(cls)
+        KINDS.add(name)(made)
+        return made
 
     return register
 
@@ -36,6 +41,10 @@ class Update(ABC):
 
     kind: ClassVar[str]
     shape: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        said = (f"{name}={_told(getattr(self, name))}" for name in _field_names(type(self)))
+        return f"{type(self).__name__}({', '.join(said)})"
 
     @abstractmethod
     def apply(self, w: Array | None) -> Array:
@@ -90,10 +99,15 @@ def tensors(update: Update) -> Iterator[tuple[str, Leaf | Array]]:
     """Yield (dotted field name, tensor) of an update and of the kinds inside it, in field order."""
     for name in _field_names(type(update)):
         value = getattr(update, name)
+        if type(value) in _NUMBERS:  # asked first, of every update again and again
+            continue
         if is_tensor(value):
             yield name, value
         elif isinstance(value, Update | tuple):
             yield from _inside(name, value)
+
+
+_NUMBERS = frozenset((float, int, bool, str, type(None)))
 
 
 @cache
@@ -113,6 +127,11 @@ def _inside(name: str, value: Update | tuple[Any, ...]) -> Iterator[tuple[str, L
 def is_tensor(value: Any) -> bool:
     """True for leaves and arrays, false for numbers, tuples and kinds."""
     return isinstance(value, Leaf) or (hasattr(value, "dtype") and hasattr(value, "shape") and not is_dataclass(value))
+
+
+def _told(value: Any) -> str:
+    """Return a tensor's dtype and shape, and the repr of anything else."""
+    return f"{dtype_name(value)}{list(value.shape)}" if is_tensor(value) else repr(value)
 
 
 def nbytes(update: Update) -> int:

@@ -16,8 +16,9 @@ from loratools.formats.base import FORMATS, Format
 from loratools.formats.kohya import BUNDLE, remarks, said_before
 from loratools.formats.metadata import carried, with_hashes
 from loratools.formats.modules import Found, check_kinds, refuse_options
-from loratools.formats.pairs import Parts, Tensor, as_linear, grouped, with_magnitude
+from loratools.formats.pairs import Parts, Tensor, grouped, with_magnitude
 from loratools.formats.spaces import AUTHORS, PREFIX, component_of, ready, world
+from loratools.formats.stored import as_linear
 from loratools.io.base import Base
 from loratools.io.bundle import Bundle
 from loratools.kinds.dense import Dense

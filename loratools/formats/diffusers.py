@@ -19,19 +19,9 @@ from loratools.formats.diffusers_config import scales, written
 from loratools.formats.kohya import said_before
 from loratools.formats.metadata import carried, with_hashes
 from loratools.formats.modules import Found, check_kinds, refuse_options
-from loratools.formats.pairs import (
-    Parts,
-    Tensor,
-    as_linear,
-    grouped,
-    is_bias_of_factors,
-    low_rank_of,
-    on_output_axis,
-    pair,
-    split,
-    written_pair,
-)
+from loratools.formats.pairs import Parts, Tensor, grouped, low_rank_of, pair, split, written_pair
 from loratools.formats.spaces import COMPONENTS, component_of, ready
+from loratools.formats.stored import as_linear, is_bias_of_factors, on_output_axis
 from loratools.io.base import Base
 from loratools.io.bundle import Bundle
 from loratools.kinds.dense import Dense

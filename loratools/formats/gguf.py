@@ -17,8 +17,9 @@ from loratools.errors import ConversionError, FormatError, NameUnresolvedError, 
 from loratools.formats.base import FORMATS, Format
 from loratools.formats.blocks import baked, taken
 from loratools.formats.modules import Found, check_kinds, refuse_options
-from loratools.formats.pairs import Parts, Tensor, as_linear, grouped, low_rank_of, require
+from loratools.formats.pairs import Parts, Tensor, grouped, low_rank_of, require
 from loratools.formats.spaces import ready
+from loratools.formats.stored import as_linear
 from loratools.formats.trees import (
     GGUF,
     Heads,

@@ -20,8 +20,9 @@ from loratools.formats.blocks import baked
 from loratools.formats.metadata import NAMES, carried, with_figures, with_hashes
 from loratools.formats.modules import Found, check_kinds, refuse_options
 from loratools.formats.names import flat
-from loratools.formats.pairs import Layout, Tensor, as_linear, grouped, is_embedding, scale_and_rank, unchanged
+from loratools.formats.pairs import Layout, Tensor, grouped, scale_and_rank, unchanged
 from loratools.formats.spaces import PREFIX, fused_flux, ready, unflattened, world
+from loratools.formats.stored import as_linear, is_embedding
 from loratools.io.base import Base
 from loratools.io.bundle import Bundle
 from loratools.kinds.dense import Dense

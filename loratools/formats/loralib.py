@@ -16,8 +16,9 @@ from loratools.formats.kohya import said_before
 from loratools.formats.matryoshka import transposed
 from loratools.formats.metadata import carried, with_hashes
 from loratools.formats.modules import Found, check_kinds, refuse_options
-from loratools.formats.pairs import Parts, Tensor, as_linear, grouped, is_embedding, low_rank_of, require
+from loratools.formats.pairs import Parts, Tensor, grouped, low_rank_of, require
 from loratools.formats.spaces import ready
+from loratools.formats.stored import as_linear, is_embedding
 from loratools.io.base import Base
 from loratools.io.bundle import Bundle
 from loratools.kinds.lowrank import LowRank

@@ -17,8 +17,9 @@ from loratools.formats.blocks import baked
 from loratools.formats.kohya import said_before
 from loratools.formats.metadata import carried, with_hashes
 from loratools.formats.modules import Found, check_kinds, refuse_options
-from loratools.formats.pairs import Parts, Tensor, as_linear, grouped, low_rank_of, require
+from loratools.formats.pairs import Parts, Tensor, grouped, low_rank_of, require
 from loratools.formats.spaces import ready
+from loratools.formats.stored import as_linear
 from loratools.io.base import Base
 from loratools.io.bundle import Bundle
 from loratools.kinds.lowrank import LowRank

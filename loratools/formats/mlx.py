@@ -16,18 +16,9 @@ from loratools.errors import ConversionError, FormatError, MissingScaleError, Un
 from loratools.formats.base import FORMATS, Format
 from loratools.formats.metadata import carried, with_hashes
 from loratools.formats.modules import Found, check_kinds, refuse_options
-from loratools.formats.pairs import (
-    Parts,
-    Tensor,
-    as_linear,
-    grouped,
-    is_embedding,
-    low_rank_of,
-    on_output_axis,
-    require,
-    scale_and_rank,
-)
+from loratools.formats.pairs import Parts, Tensor, grouped, low_rank_of, require, scale_and_rank
 from loratools.formats.spaces import ready
+from loratools.formats.stored import as_linear, is_embedding, on_output_axis
 from loratools.io.base import Base
 from loratools.io.bundle import Bundle
 from loratools.kinds.dora import Dora

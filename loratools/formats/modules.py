@@ -14,12 +14,11 @@ from loratools.formats.algebra import with_shape
 from loratools.formats.metadata import HISTORY, history_of
 from loratools.formats.pairs import Parts, layout_of
 from loratools.formats.spaces import worlds
+from loratools.formats.stored import CONV1D
 from loratools.io.base import Base
 from loratools.io.bundle import Bundle
 from loratools.kinds.dora import Dora
 from loratools.kinds.lowrank import LowRank
-
-CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types whose layers are stored (in, out)
 
 
 @dataclass

@@ -18,8 +18,9 @@ from loratools.formats.base import FORMATS, Format
 from loratools.formats.blocks import baked, is_zero, rows_of, split, taken
 from loratools.formats.metadata import carried, with_hashes
 from loratools.formats.modules import Found, check_kinds, refuse_options
-from loratools.formats.pairs import Tensor, as_linear, low_rank_of
+from loratools.formats.pairs import Tensor, low_rank_of
 from loratools.formats.spaces import ready
+from loratools.formats.stored import as_linear
 from loratools.io.base import Base
 from loratools.io.bundle import Bundle
 from loratools.kinds.lowrank import LowRank

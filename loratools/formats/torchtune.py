@@ -16,9 +16,10 @@ from loratools.formats.base import FORMATS, Format
 from loratools.formats.blocks import baked, taken
 from loratools.formats.metadata import carried, with_hashes
 from loratools.formats.modules import Found, check_kinds, refuse_options
-from loratools.formats.pairs import Parts, Tensor, as_linear, grouped, low_rank_of, on_output_axis, pair
+from loratools.formats.pairs import Parts, Tensor, grouped, low_rank_of, pair
 from loratools.formats.peft.config import settings
 from loratools.formats.spaces import ready
+from loratools.formats.stored import as_linear, on_output_axis
 from loratools.formats.trees import (
     TORCHTUNE,
     Heads,

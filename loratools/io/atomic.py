@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +59,8 @@ def fill_directory(target: Path, fill: Callable[[Path], None], *, overwrite: boo
             sync(path)
         old = _exchanged(temp, target, overwrite)
     except BaseException:
+        import shutil
+
         shutil.rmtree(temp, ignore_errors=True)
         raise
     _forget(old, target)
@@ -136,6 +137,8 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _remove_old(old: Path, target: Path) -> None:
+    import shutil  # here and above: few runs remove anything, and it costs 2 ms
+
     try:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     except OSError as error:

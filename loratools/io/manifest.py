@@ -7,7 +7,6 @@ as metadata, so that one safetensors file may hold both.
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,8 @@ def open_manifest(path: Path) -> Bundle:
 
 def parse_manifest(text: str, path: Path | None = None) -> dict[str, Any]:
     """Return the object that a manifest's text holds; :class:`FormatError` with the position where it is no TOML."""
+    import tomllib  # few inputs are a manifest
+
     try:
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:

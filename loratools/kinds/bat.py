@@ -13,7 +13,6 @@ from loratools.linalg.namespace import up
 
 
 @kind("bat")
-@dataclass(frozen=True)
 class Bat(Coat):
     """W'_pq = W_pq + W_pq M_p + M_p, W (out, in) cut into blocks of r x r; ``blocks`` (out / r, r, r) are the M_p."""
 

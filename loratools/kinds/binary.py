@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Self
 
 from loratools.core import generic
@@ -21,7 +20,6 @@ EPS = 1e-5  # added to the deviation before dividing
 
 
 @kind("binary")
-@dataclass(frozen=True)
 class Binary(Delta):
     """D = scale * b @ a with b (out, r), a (r, in), each entry level[code] * deviation + mean (arXiv:2307.16867).
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Self
 
 from loratools.core import generic
@@ -16,7 +15,6 @@ from loratools.linalg.namespace import up
 
 
 @kind("block_diagonal")
-@dataclass(frozen=True)
 class BlockDiagonal(Delta):
     """D = diagonal of blocks (c, b, b), of shape (c b, c b).
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Self
 
 from loratools.core import generic
@@ -18,7 +17,6 @@ from loratools.linalg.namespace import fft, ifft, up
 
 
 @kind("circulant")
-@dataclass(frozen=True)
 class Circulant(Delta):
     """D[m b + j, n b + l] = scale * kernel[m, n, (l - j) mod b], of shape (p b, q b); ``kernel`` (p, q, b).
 

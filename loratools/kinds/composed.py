@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Self
 
 from loratools.core.coat import Coat
@@ -17,7 +16,6 @@ from loratools.linalg import seeds
 
 
 @kind("composed")
-@dataclass(frozen=True)
 class Composed(Coat):
     """W' = last(... second(first(W))), of equal shapes, at least one."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Self
 
 from loratools.core import generic
@@ -15,7 +14,6 @@ from loratools.linalg.namespace import up
 
 
 @kind("dense")
-@dataclass(frozen=True)
 class Dense(Delta):
     """D = scale * d, of any shape: bias differences, full differences."""
 

@@ -19,7 +19,6 @@ RANGE_BYTES = 8 << 20  # rows given to one thread at a time
 
 
 @kind("dora")
-@dataclass(frozen=True)
 class Dora(Update):
     """W' = magnitude * (W + D) / (||W + D|| + eps), the norm over all axes but ``axis`` of the stored parameter.
 

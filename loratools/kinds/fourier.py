@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import pi
 from typing import Self
 
@@ -18,7 +17,6 @@ from loratools.linalg.namespace import cast, device_of, ifft, up, working_dtype
 
 
 @kind("fourier")
-@dataclass(frozen=True)
 class Fourier(Spectral):
     """D = scale * Re ifft2(S), with ``spectrum`` (real) at (``rows``, ``columns``) of S; ifft2 divides by m n.
 

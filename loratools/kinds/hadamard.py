@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Self
 
 from loratools.core import generic
@@ -17,7 +16,6 @@ from loratools.linalg.namespace import namespace, working_dtype
 
 
 @kind("hadamard")
-@dataclass(frozen=True)
 class Hadamard(Delta):
     """D = scale * left o right, of equal shapes; its rank is at most the product of their ranks."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Self
 
 from loratools.core.coat import Coat
@@ -15,7 +14,6 @@ from loratools.linalg.dense import thin_svd
 
 
 @kind("head")
-@dataclass(frozen=True)
 class Head(Coat):
     """W' = W_k + D, W_k the best approximation of W of rank ``kept`` (the signs of the vectors do not matter)."""
 

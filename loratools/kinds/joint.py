@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Self
 
 from loratools.core.coat import Coat, loaded
@@ -18,7 +18,6 @@ SMALL = 1e-12  # columns of the base's coordinates below this are none, as in PE
 
 
 @kind("joint")
-@dataclass(frozen=True)
 class Joint(Coat):
     """W' = U (S + diag(l)) V^T, where W = U diag(l0) V^T with unit columns of U: l0 and U follow from W and V (n, n).
 

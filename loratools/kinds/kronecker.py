@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Self
 
 from loratools.core import generic
@@ -18,7 +17,6 @@ from loratools.linalg.namespace import namespace, up, working_dtype
 
 
 @kind("kronecker")
-@dataclass(frozen=True)
 class Kronecker(Delta):
     """D = scale * kron(p, q); p (o1, i1), q (o2, i2) or a convolution's (o2, i2, kh, kw)."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache, singledispatch
 from math import prod
 from typing import Self
@@ -22,7 +21,6 @@ LOSSY_ERROR = 0.01  # of the one inexact route: squeeze says other targets
 
 
 @kind("lowrank")
-@dataclass(frozen=True)
 class LowRank(Delta):
     """D = scale * b @ a with b (out, r), a (r, in). ``shape`` may be a convolution's, with in = product of the rest.
 

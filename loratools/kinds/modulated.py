@@ -22,7 +22,6 @@ BLOCK_BYTES = 8 << 20  # of rows of W taken at once
 
 
 @kind("modulated")
-@dataclass(frozen=True)
 class Modulated(Coat):
     """W' = W o (1 + F), element by element; F is any difference of the same shape (low-rank in HiRA)."""
 

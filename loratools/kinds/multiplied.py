@@ -20,7 +20,6 @@ from loratools.linalg.namespace import up
 
 
 @kind("multiplied")
-@dataclass(frozen=True)
 class Multiplied(Coat):
     """W' = (1 + F) W for ``axis`` 0, W (1 + F) for ``axis`` 1, on the matrix view (shape[0], product of the rest).
 

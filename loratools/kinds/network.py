@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Self
 
 from loratools.core.coat import Coat
@@ -40,7 +39,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @kind("network")
-@dataclass(frozen=True)
 class Network(Coat):
     """W' = W + scale * b f(a W), f acting on columns: b (m, r), a (r, m), of rank r at most.
 

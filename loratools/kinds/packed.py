@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple, Self
 
@@ -30,7 +29,6 @@ class Run(NamedTuple):
 
 
 @kind("packed")
-@dataclass(frozen=True)
 class Packed(Delta):
     """D = sum over components j of b_j a_j^T; every vector is level[code] * scale.
 

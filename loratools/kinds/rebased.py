@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Self
 
 from loratools.core.update import Array, Delta, Leaf, Update, kind, shape_of, working_dtype
@@ -15,7 +15,6 @@ from loratools.linalg.namespace import up
 
 
 @kind("rebased")
-@dataclass(frozen=True)
 class Rebased(Update):
     """W' = update(value): the base's own parameter does not matter, and may lack or have another size.
 

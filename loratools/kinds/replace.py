@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Self
 
 from loratools.core.rows import Rows, rowwise, slice_rows
@@ -13,7 +12,6 @@ from loratools.linalg.namespace import down, dtype_name, up
 
 
 @kind("replace")
-@dataclass(frozen=True)
 class Replace(Update):
     """W' = value. The base may lack the parameter (a new head) or have it in another size (a resized vocabulary)."""
 

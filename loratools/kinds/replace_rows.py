@@ -16,7 +16,6 @@ from loratools.linalg.namespace import device_of, down, dtype_name, up
 
 
 @kind("replace_rows")
-@dataclass(frozen=True)
 class ReplaceRows(Update):
     """W' = W with row index[i] replaced by rows[i]: rows (k, ...), index of k distinct numbers, in any order.
 

@@ -18,7 +18,6 @@ from loratools.linalg.namespace import up
 
 
 @kind("scaled")
-@dataclass(frozen=True)
 class Scaled(Coat):
     """W' = gain * W along ``axis`` of the stored parameter; gain is a vector of length shape[axis]."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Self
 
@@ -22,7 +22,6 @@ CHUNK = 1 << 20  # entries worked on at once where each needs a row of a factor
 
 
 @kind("sparse")
-@dataclass(frozen=True)
 class Sparse(Delta):
     """D = scale * values at (row, column), zero elsewhere, on the matrix view (shape[0], product of the rest).
 

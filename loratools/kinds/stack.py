@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from math import prod
 from typing import Self
@@ -23,7 +23,6 @@ from loratools.linalg.namespace import down, dtype_name, up
 
 
 @kind("stack")
-@dataclass(frozen=True)
 class Stack(Delta):
     """D_e = scale * b_e @ a_e for e = 1 .. E: b (E, out, r), a (E, r, in). ``shape`` is (E, out, in), or of as many.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from typing import Self
@@ -19,7 +18,6 @@ from loratools.kinds.lowrank import LowRank, concatenate, low_rank
 
 
 @kind("sum")
-@dataclass(frozen=True)
 class Sum(Delta):
     """D = D_1 + ... + D_k, of equal shapes, at least one."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Self
 
 from loratools.core.coat import Coat
@@ -16,7 +15,6 @@ from loratools.kinds.sum import Sum
 
 
 @kind("together")
-@dataclass(frozen=True)
 class Together(Coat):
     """W' = W + sum_i (u_i(W) - W), of equal shapes, at least one; a Sum where some parts need the base."""
 

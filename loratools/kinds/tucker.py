@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 from typing import Self
 
@@ -18,7 +17,6 @@ from loratools.linalg.namespace import namespace, up, working_dtype
 
 
 @kind("tucker")
-@dataclass(frozen=True)
 class Tucker(Delta):
     """D[o, i, ...] = scale * sum_mn b[o, m] core[m, n, ...] a[n, i].
 

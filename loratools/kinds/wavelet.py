@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Self
 
 from loratools.core import generic
@@ -16,7 +15,6 @@ from loratools.linalg import seeds, wavelets
 
 
 @kind("wavelet")
-@dataclass(frozen=True)
 class Wavelet(Spectral):
     """D = scale * U_m S U_n^T, one level of synthesis on both sides with the low-pass filter ``taps``.
 

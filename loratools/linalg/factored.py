@@ -1,23 +1,35 @@
 """Numerics of a product of factors ``s * b @ a``, b (m, R) tall, a (R, n) wide, without ever forming it.
 
-Gram matrices first (see :mod:`loratools.linalg.gram`), in fp32 with fp64 sums. A result is accepted only where it can
+Gram matrices first (see :mod:`loratools.linalg.cores`), in fp32 with fp64 sums. A result is accepted only where it can
 be trusted; otherwise it is redone with fp64 Gram matrices, and then by QR, which is the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import isfinite, sqrt
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from math import isfinite, prod, sqrt
 from typing import NamedTuple
 
 from loratools.dispatch import accelerable
 from loratools.errors import NumericsError, UsageError
 from loratools.leaf import Array, Leaf
-from loratools.linalg.gram import FP32, FP64, Precision, balanced, cross, grams, spectrum, trusted
-from loratools.linalg.namespace import all_finite, down, dtype_name, namespace, overflow_checked, up, working_dtype
+from loratools.linalg.cores import balanced, spectra, trusted
+from loratools.linalg.gram import FP32, FP64, Precision, cross, grams
+from loratools.linalg.namespace import (
+    all_finite,
+    device_of,
+    down,
+    dtype_name,
+    namespace,
+    overflow_checked,
+    up,
+    working_dtype,
+)
 from loratools.linalg.select import energy_kept, numerical_rank, tail_error
 
 Choose = Callable[[Array], int]
+TOGETHER = 1 << 19
+"""Entries of factors worked on at once: few enough for the cache, many enough that calls do not count."""
 
 
 class Truncation(NamedTuple):
@@ -56,21 +68,23 @@ def truncate(b: Leaf | Array, a: Leaf | Array, choose: Choose, *, scale: float =
     below 1e-7 s_1 get a zero column in B' and a unit row in A', so that they stay trainable; so does a zero product.
     Raises UsageError for shapes that do not fit, NumericsError for values that are not finite.
     """
-    b, a = checked_factors(b, a, scale)
-    choose = capped(choose)
-    for precision in (FP64,) if dtype_name(b) == "float64" else (FP32, FP64):
-        result = _truncate_gram(b, a, choose, scale, precision)
-        if result is not None:
-            return result
-    return truncate_qr(b, a, choose, scale=scale)
+    (only,) = _truncated([(b, a)], [scale], [choose])
+    return only
 
 
 @accelerable
 def truncate_many(
     pairs: Sequence[tuple[Leaf | Array, Leaf | Array]], scales: Sequence[float], chooses: Sequence[Choose]
 ) -> list[Truncation]:
-    """Truncate every ``scale * b @ a``; the shapes may differ. Same guarantees as :func:`truncate`."""
-    return [truncate(b, a, choose, scale=scale) for (b, a), scale, choose in zip(pairs, scales, chooses, strict=True)]
+    """Truncate every ``scale * b @ a``; the shapes may differ. Same guarantees as :func:`truncate`, and the same bits.
+
+    Small products share the calls of their R x R work. Memory: the factors of those, at most ``TOGETHER`` entries, or
+    of one product.
+    """
+    out: list[Truncation] = []
+    for part in _parts(pairs):
+        out += _truncated(pairs[part], scales[part], chooses[part])
+    return out
 
 
 def truncate_qr(b: Leaf | Array, a: Leaf | Array, choose: Choose, *, scale: float = 1.0) -> Truncation:
@@ -111,9 +125,9 @@ def singular_values(b: Leaf | Array, a: Leaf | Array, *, scale: float = 1.0) -> 
     fp64 Gram matrices where these give every value to a relative 1e-8, QR otherwise (then to a few eps s_1).
     """
     b, a = checked_factors(b, a, scale)
-    found = spectrum(b, a, FP64, scale)
-    if found is not None and 1e8 * found.noise <= float(found.s[-1]) ** 2:
-        return found.s
+    found = spectra([(b, a)], [scale], FP64)
+    if 1e8 * float(found.noise[0]) <= float(found.s[0, -1]) ** 2:
+        return found.s[0, :]
     return svd(b, a, scale=scale).s
 
 
@@ -178,21 +192,73 @@ def capped(choose: Choose) -> Choose:
     return within
 
 
-def _truncate_gram(b: Array, a: Array, choose: Choose, scale: float, precision: Precision) -> Truncation | None:
-    """Truncate by Gram matrices, or return None where the result cannot be trusted."""
-    found = spectrum(b, a, precision, scale)
-    if found is None:
-        return None
+class _Product(NamedTuple):
+    """``scale * b @ a`` in its compute dtype, and how to choose its rank."""
+
+    b: Array
+    a: Array
+    scale: float
+    choose: Choose
+
+    @property
+    def form(self) -> Hashable:
+        """What products must share to go through one batch."""
+        return self.b.shape[1], min(*self.b.shape, *self.a.shape), dtype_name(self.b), type(self.b), device_of(self.b)
+
+
+def _parts(pairs: Sequence[tuple[Leaf | Array, Leaf | Array]]) -> Iterator[slice]:
+    """Yield stretches of at most ``TOGETHER`` entries, of at least one product."""
+    start, held = 0, 0
+    for i, pair in enumerate(pairs):
+        size = sum(prod(x.shape) for x in pair)
+        if i > start and held + size > TOGETHER:
+            yield slice(start, i)
+            start, held = i, 0
+        held += size
+    if pairs:
+        yield slice(start, len(pairs))
+
+
+def _truncated(
+    pairs: Sequence[tuple[Leaf | Array, Leaf | Array]], scales: Sequence[float], chooses: Sequence[Choose]
+) -> list[Truncation]:
+    """Truncate products whose factors fit into memory together: first by Gram matrices, the rest by QR."""
+    todo = {
+        i: _Product(*checked_factors(*pair, scale), scale, capped(choose))
+        for i, (pair, scale, choose) in enumerate(zip(pairs, scales, chooses, strict=True))
+    }
+    done: dict[int, Truncation] = {}
+    for precision in (FP32, FP64):
+        groups: dict[Hashable, list[int]] = {}
+        for i, x in todo.items():
+            if i not in done and (precision is FP64 or dtype_name(x.b) != "float64"):
+                groups.setdefault(x.form, []).append(i)
+        for places in groups.values():
+            found = _by_grams([todo[i] for i in places], precision)
+            done.update({i: result for i, result in zip(places, found, strict=True) if result is not None})
+    return [done.get(i) or truncate_qr(x.b, x.a, x.choose, scale=x.scale) for i, x in todo.items()]
+
+
+def _by_grams(group: Sequence[_Product], precision: Precision) -> list[Truncation | None]:
+    """Truncate products of one form by Gram matrices; None where the result cannot be trusted."""
+    found = spectra([(x.b, x.a) for x in group], [x.scale for x in group], precision)
+    noise = [float(one) for one in found.noise.tolist()]
+    ranks = [x.choose(found.s[i, :]) if noise[i] > 0 else 1 for i, x in enumerate(group)]
+    fine = trusted(found, ranks, [x.choose for x in group])
     route = f"gram{precision.dtype[-2:]}"
-    if found.noise == 0:
-        return _zero(b, a, choose, route)
-    k = choose(found.s)
-    if not trusted(found, k, choose):
-        return None
-    tall, wide = (down(core, precision.dtype) for core in balanced(found, k))
-    tall, wide = up(b, precision.dtype) @ tall, wide @ up(a, precision.dtype)
-    kept, dtype = (energy_kept(found.s, k), tail_error(found.s, k)), dtype_name(b)
-    return Truncation(down(tall, dtype), down(wide, dtype), found.s, k, *kept, route)
+    out: list[Truncation | None] = []
+    for i, x in enumerate(group):
+        if noise[i] == 0:
+            out.append(_zero(x.b, x.a, x.choose, route))
+        elif not fine[i]:
+            out.append(None)
+        else:
+            tall, wide = (down(core, precision.dtype) for core in balanced(found, i, ranks[i]))
+            dtype, s = dtype_name(x.b), found.s[i, :]
+            tall, wide = up(x.b, precision.dtype) @ tall, wide @ up(x.a, precision.dtype)
+            kept = energy_kept(s, ranks[i]), tail_error(s, ranks[i])
+            out.append(Truncation(down(tall, dtype), down(wide, dtype), s, ranks[i], *kept, route))
+    return out
 
 
 def _zero(b: Array, a: Array, choose: Choose, route: str) -> Truncation:

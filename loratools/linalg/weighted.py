@@ -16,13 +16,14 @@ inputs as in SVD-LLM (arXiv:2403.07378), which inverts their Cholesky factors in
 
 from __future__ import annotations
 
-from math import sqrt
+from math import isnan, sqrt
 from typing import NamedTuple
 
 from loratools.errors import NumericsError, UsageError
 from loratools.leaf import Array, Leaf
+from loratools.linalg.cores import balanced, of_grams, trusted
 from loratools.linalg.factored import Choose, Truncation, capped, checked_factors, frobenius, truncate_qr
-from loratools.linalg.gram import FP64, balanced, cross, of_grams, trusted
+from loratools.linalg.gram import FP64, cross
 from loratools.linalg.namespace import all_finite, cholesky, down, dtype_name, namespace, up
 from loratools.linalg.select import energy_kept, tail_error
 
@@ -93,11 +94,13 @@ def cores(b: Array, a: Array, choose: Choose, *, weights: Weights, scale: float 
     if not (all_finite(b) and all_finite(a)):
         raise NumericsError("a factor is not finite")
     gb, ga = gram(b, weights.left), gram(a.mT, weights.right)
-    found = of_grams(gb, ga, min(*b.shape, *a.shape), FP64.noise * _cancelled(b, a, gb, ga, weights), scale)
-    if found is not None and found.noise > 0:
-        k = choose(found.s)
-        if trusted(found, k, choose) and found.noise <= STRICT * float(found.s[k - 1]) ** 2:
-            return Cores(*balanced(found, k), found.s, k, "gram64")
+    noise = FP64.noise * _cancelled(b, a, gb, ga, weights)
+    found = of_grams(gb[None, :, :], ga[None, :, :], min(*b.shape, *a.shape), noise, [scale])
+    if (size := float(found.noise[0])) > 0:
+        s = found.s[0, :]
+        k = choose(s)
+        if trusted(found, [k], [choose]) == [True] and size <= STRICT * float(s[k - 1]) ** 2:
+            return Cores(*balanced(found, 0, k), s, k, "gram64")
     return _cores_qr(b, a, choose, weights, scale)
 
 
@@ -105,8 +108,9 @@ def singular_values(b: Array, a: Array, weights: Weights, *, scale: float = 1.0)
     """Return all min(R, m, n) singular values of ``P^1/2 (scale b a) Q^1/2`` in fp64, right to about 1e-7 s_1."""
     weights = weights.checked(b.shape[0], a.shape[1])
     count = min(*b.shape, *a.shape)
-    found = of_grams(gram(b, weights.left), gram(a.mT, weights.right), count, FP64.noise, scale)
-    return _cores_qr(b, a, lambda s: count, weights, scale).s if found is None else found.s
+    gb, ga = gram(b, weights.left), gram(a.mT, weights.right)
+    found = of_grams(gb[None, :, :], ga[None, :, :], count, FP64.noise, [scale])
+    return _cores_qr(b, a, lambda s: count, weights, scale).s if isnan(float(found.noise[0])) else found.s[0, :]
 
 
 def norm(b: Array, a: Array, weights: Weights, *, scale: float = 1.0) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from loratools.core.adapter import Adapter
 from loratools.core.update import Leaf, Update, tensors
-from loratools.errors import NumericsError, UsageError
+from loratools.errors import LoratoolsError, NumericsError, UsageError
 from loratools.files import BaseLike, open_base
 from loratools.io.base import Base
 from loratools.kinds.dora import Dora, refitted
@@ -203,10 +203,13 @@ def squeezed(
                 tally.nonfinite.append(name)
         for i, directions in found:
             cut = [result for result in islice(results, len(directions)) if result is not None]
-            if len(cut) == len(directions):
-                parts = [how.stored(names[i], d, result) for d, result in zip(directions, cut, strict=True)]
-                out[i] = magnitudes.refitted(names[i], updates[i], with_low_ranks(updates[i], parts))
-            tally.squeezed(names[i], updates[i], directions, cut, out[i], how.weighing)
+            try:
+                if len(cut) == len(directions):
+                    parts = [how.stored(names[i], d, result) for d, result in zip(directions, cut, strict=True)]
+                    out[i] = magnitudes.refitted(names[i], updates[i], with_low_ranks(updates[i], parts))
+                tally.squeezed(names[i], updates[i], directions, cut, out[i], how.weighing)
+            except LoratoolsError as error:
+                raise error.at(parameter=names[i]) from error
         for i in set(range(len(out))) - {i for i, _ in found}:
             tally.carried(names[i], updates[i])
         return out
@@ -253,13 +256,13 @@ def _truncate(
         if how.sketch_seed is not None:
             return [_sketched(*one, how.sketch_seed) for one in zip(names, directions, rules, strict=True)]
         return list(factored.truncate_many(pairs, scales, rules))
-    except NumericsError:
+    except NumericsError as error:
         if len(pairs) > 1:  # find the one at fault
             each = zip(names, directions, rules, strict=True)
             return [r for name, d, rule in each for r in _truncate([name], [d], [rule], how)]
         if how.allow_nonfinite:
             return [None]
-        raise
+        raise error.at(parameter=names[0]) from error
 
 
 def _sketched(name: str, u: LowRank, rule: Choose, seed: int) -> factored.Truncation:

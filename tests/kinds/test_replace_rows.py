@@ -74,7 +74,10 @@ def test_an_update_of_a_base_of_its_own() -> None:
     assert np.array_equal(u.apply(None), inner.apply(value))
     assert np.abs(u.delta(w).dense() - (inner.apply(value) - w)).max() <= 1e-6
     assert low_rank(u) is inner
-    assert with_low_ranks(u, low_ranks(u) or ()) == u
+    again = with_low_ranks(u, low_ranks(u) or ())
+    assert isinstance(again, Rebased)
+    assert again.update is inner
+    assert again.value is value
     with pytest.raises(MismatchError):
         u.delta(values(4, 7))
     with pytest.raises(FormatError):

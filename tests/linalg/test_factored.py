@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loratools.dispatch import table
 from loratools.errors import NumericsError, UsageError
 from loratools.leaf import Leaf
-from loratools.linalg import factored, gram, select
+from loratools.linalg import cores, factored, gram, select
 from loratools.linalg.namespace import dtype_name, to_numpy, up
 
 EXCESS = 1e-6  # the guarantee: Frobenius error beyond the optimum, relative to the norm of the product
@@ -195,13 +195,13 @@ def test_leaves_are_read(array):
 def test_flat_a_and_steep_b_need_the_redo_rule(array):
     """fp32 Gram matrices alone miss the guarantee there; the rule notices, and the redone result keeps it."""
     b, a = product("flat a, steep b", 300, 200, 32, 1e5)
-    found = gram.spectrum(array(b), array(a), gram.FP32)
-    tall, wide = gram.balanced(found, 24)
+    found = cores.spectra([(array(b), array(a))], [1.0], gram.FP32)
+    tall, wide = cores.balanced(found, 0, 24)
     short = factored.Truncation(
         up(b @ to_numpy(tall).astype("f4")), to_numpy(wide).astype("f4") @ a, found.s, 24, 0, 0, ""
     )
     assert judge(b, a, 1.0, short)[0] > EXCESS
-    assert not gram.trusted(found, 24, fixed(24))
+    assert cores.trusted(found, [24], [fixed(24)]) == [False]
     result = factored.truncate(array(b), array(a), fixed(24))
     assert result.route == "gram64"
     assert judge(b, a, 1.0, result)[0] <= EXCESS

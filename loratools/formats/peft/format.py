@@ -8,11 +8,10 @@ from typing import Any
 from loratools.core.adapter import Adapter
 from loratools.errors import ConversionError, FormatError, UnsupportedError
 from loratools.formats.base import FORMATS, Format
-from loratools.formats.pairs import on_output_axis
 from loratools.formats.peft.keys import PREFIX, parse
-from loratools.formats.peft.official import official
 from loratools.formats.peft.types import PEFT_TYPES
 from loratools.formats.peft.verbatim import is_typed, is_verbatim, stays, write
+from loratools.formats.stored import on_output_axis
 from loratools.io.base import Base
 from loratools.io.bundle import Bundle
 from loratools.kinds.dense import Dense
@@ -58,9 +57,7 @@ class Peft(Format):
         """Hand over to the reader of the bundle's ``peft_type``."""
         if bundle.config is None:
             raise _without_config(bundle)
-        said = self._type(bundle)
-        reader = official(said, bundle.tensors) or PEFT_TYPES[said]
-        return reader.decode(bundle, base=base or None, allow_unknown=allow_unknown)
+        return PEFT_TYPES[self._type(bundle)].decode(bundle, base=base or None, allow_unknown=allow_unknown)
 
     def encode(self, adapter: Adapter, *, base: Base | None = None, component: str = "", **options: Any) -> Bundle:
         """Write as LORA, the one type that every reader of PEFT files knows; sparse updates as SHIRA.

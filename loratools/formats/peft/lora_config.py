@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from loratools.core.adapter import Adapter
-from loratools.formats.pairs import is_turned
 from loratools.formats.peft.common_config import as_lora, is_lora
 from loratools.formats.peft.config import altered_base, settings
 from loratools.formats.peft.forms.tokens import INDICES, said_again
 from loratools.formats.peft.patterns import key_for
+from loratools.formats.stored import is_turned
 from loratools.kinds.dense import Dense
 from loratools.kinds.rebased import Rebased
 from loratools.kinds.replace_rows import ReplaceRows

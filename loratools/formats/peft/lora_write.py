@@ -11,7 +11,6 @@ from loratools.core.lazy import Tensor, lazily, widened
 from loratools.core.update import Update, shape_of
 from loratools.errors import ConversionError, UsageError
 from loratools.formats.metadata import carried
-from loratools.formats.pairs import EMBEDDINGS, is_turned
 from loratools.formats.peft.forms import FORMS
 from loratools.formats.peft.forms.form import BIAS, MAGNITUDE, Factored, Form, Layout
 from loratools.formats.peft.forms.tokens import ROWS
@@ -20,6 +19,7 @@ from loratools.formats.peft.keys import PREFIX
 from loratools.formats.peft.lora_config import Told, holds, written
 from loratools.formats.peft.lora_sort import SAMPLER
 from loratools.formats.peft.lora_targets import in_line
+from loratools.formats.stored import EMBEDDINGS, is_turned
 from loratools.io.bundle import Bundle
 from loratools.kinds.dense import Dense
 from loratools.kinds.dora import Dora

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import sqrt
 
 from loratools.core.lazy import computed
@@ -87,12 +86,3 @@ def _gathered(m: Module, side: str) -> Leaf:
         )
 
     return computed(places.shape, gather)
-
-
-_READERS: dict[str, tuple[str, Tuner]] = {"RANDLORA": ("randbasis_", RandLora()), "UNILORA": (BANK, UniLora())}
-
-
-def official(said: str, keys: Iterable[str]) -> Tuner | None:
-    """Return the reader of the authors' fork where a key tells that it wrote the file."""
-    marker, reader = _READERS.get(said, ("", None))
-    return reader if marker and any(marker in key for key in keys) else None

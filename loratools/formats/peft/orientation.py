@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from loratools.errors import MismatchError
-from loratools.formats.modules import CONV1D
+from loratools.formats.stored import CONV1D
 
 Orientation = Literal["out_in", "in_out"]
 Shape = tuple[int | None, int | None]

@@ -8,11 +8,13 @@ PEFT draws them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import sqrt
 
 from loratools.core.lazy import computed
 from loratools.core.update import Leaf, shape_of
 from loratools.errors import FormatError
+from loratools.formats.peft import official
 from loratools.formats.peft.shared import Projections, narrowed
 from loratools.formats.peft.streams import Torch
 from loratools.formats.peft.tuner import Model, Module, Size, Tuner
@@ -32,6 +34,10 @@ class RandLora(Tuner):
     type = "RANDLORA"
     leaves = (LAMBDA, GAMMA, A, B)
     shared = (A, B)
+
+    def fork(self, keys: Iterable[str]) -> Tuner | None:
+        """Return the reader of files whose bases are named otherwise."""
+        return official.RandLora() if any(official.A in key for key in keys) else None
 
     def size(self, m: Module) -> Size:
         """Return nothing: gamma tells the smaller side, not which one it is."""

@@ -18,12 +18,12 @@ from loratools.core.lazy import Tensor
 from loratools.core.update import Leaf, Update, namespace, shape_of
 from loratools.errors import ConversionError, FormatError, LoratoolsError, MismatchError, NeedsBaseError, UsageError
 from loratools.formats.metadata import HISTORY, carried, history_of
-from loratools.formats.pairs import is_turned
 from loratools.formats.peft.config import base_name, listed
 from loratools.formats.peft.extras import explained
 from loratools.formats.peft.keys import PREFIX, SAVED, is_original, parameter, parse
 from loratools.formats.peft.lora_targets import in_line
 from loratools.formats.peft.types import peft_type
+from loratools.formats.stored import is_turned
 from loratools.io.base import Base
 from loratools.io.bundle import Bundle
 from loratools.kinds.replace import Replace

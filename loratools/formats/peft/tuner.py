@@ -17,7 +17,6 @@ from loratools.core.adapter import Adapter
 from loratools.core.generic import transposed
 from loratools.core.update import Update
 from loratools.errors import ConversionError, FormatError, MismatchError
-from loratools.formats.pairs import EMBEDDINGS
 from loratools.formats.peft.fields import Fields
 from loratools.formats.peft.forms.form import Found, Remark, told
 from loratools.formats.peft.lora_sort import Parts, sort_keys
@@ -25,6 +24,7 @@ from loratools.formats.peft.orientation import Orientation, by_model, contradict
 from loratools.formats.peft.reading import Reading
 from loratools.formats.peft.tuner_keys import parser
 from loratools.formats.peft.tuner_module import Model, Module, Size
+from loratools.formats.stored import EMBEDDINGS
 from loratools.io.base import Base
 from loratools.io.bundle import Bundle
 
@@ -79,8 +79,14 @@ class Tuner(ABC):
         """Raise for a config that cannot be read."""
         return
 
+    def fork(self, keys: Iterable[str]) -> Tuner | None:
+        """Return the reader of the authors' own fork of PEFT where a key tells that it wrote the file."""
+        return None
+
     def decode(self, bundle: Bundle, *, base: Base | None = None, allow_unknown: bool = False) -> Adapter:
         """Return the adapter: every tensor is converted, carried, or refused by name."""
+        if (fork := self.fork(bundle.tensors)) is not None:
+            return fork.decode(bundle, base=base, allow_unknown=allow_unknown)
         config = bundle.config or {}
         fields = Fields(config)
         self.check(fields)

@@ -8,13 +8,14 @@ and ``proj_seed``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from loratools.core.lazy import Tensor, computed
 from loratools.core.update import shape_of
 from loratools.errors import FormatError, NeedsBaseError, UnsupportedError
+from loratools.formats.peft import official
 from loratools.formats.peft.config import listed
 from loratools.formats.peft.fields import Fields
 from loratools.formats.peft.lora_sort import Parts
@@ -39,6 +40,10 @@ class UniLora(Tuner):
     type = "UNILORA"
     leaves = (INDEX_A, INDEX_B, SCALE_A, SCALE_B)
     shared = (THETA,)
+
+    def fork(self, keys: Iterable[str]) -> Tuner | None:
+        """Return the reader of files whose vector has another name."""
+        return official.UniLora() if any(official.BANK in key for key in keys) else None
 
     def modules(
         self, modules: Mapping[str, Parts], shared: Parts, base: Base | None, fields: Fields

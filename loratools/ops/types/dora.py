@@ -6,7 +6,7 @@ from loratools.core.adapter import Adapter
 from loratools.core.update import Update
 from loratools.errors import ConversionError
 from loratools.files import BaseLike
-from loratools.formats.pairs import is_turned
+from loratools.formats.stored import is_turned
 from loratools.kinds.dora import Dora, sum_norms
 from loratools.leaf import Array, Leaf
 from loratools.linalg.namespace import down

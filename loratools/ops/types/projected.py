@@ -12,11 +12,11 @@ from loratools.core.generic import need_delta
 from loratools.core.update import Array, Leaf, Update, working_dtype
 from loratools.errors import ConversionError
 from loratools.files import BaseLike
-from loratools.formats.pairs import is_turned
 from loratools.formats.peft.common_config import common
 from loratools.formats.peft.keys import PREFIX
 from loratools.formats.peft.types import PEFT_TYPES
 from loratools.formats.spaces import ready
+from loratools.formats.stored import is_turned
 from loratools.io.base import Base
 from loratools.io.bundle import from_memory
 from loratools.kinds.lowrank import LowRank, low_rank
