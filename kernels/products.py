@@ -23,8 +23,8 @@ import triton.language as tl
 
 from loratools.kernels.blocks import Blocks, options, pick
 from loratools.kernels.philox import packed, signs, signs_reference, signs_tile
+from loratools.kernels.spelled import TERMS
 from loratools.kernels.target import FLOATS, Tensor, is_aligned, power_of_two, table
-from loratools.kernels.thin import TERMS
 from loratools.kernels.tiles import narrow, plus, split_product
 from loratools.linalg.seeds import Key
 

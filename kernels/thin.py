@@ -14,12 +14,9 @@ import triton
 import triton.language as tl
 
 from loratools.kernels.blocks import Blocks, options, pick
+from loratools.kernels.spelled import TERMS
 from loratools.kernels.target import FLOATS, VECTOR_BYTES, Tensor, by_rows, is_aligned, power_of_two, stretches, table
 from loratools.kernels.tiles import narrow, split_product
-
-TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-"""bf16 terms that hold every number of a dtype."""
-
 
 def thin_reference(factors: Sequence[Tensor], cores: Sequence[Tensor], *, wide: Sequence[bool]) -> list[Tensor]:
     """Return the specification in float64: x @ core, or core^T @ x where wide; cores (R, k)."""
