@@ -38,7 +38,7 @@ def read(
 
 
 def place(device: str) -> Callable[[Adapter], Adapter]:
-    """Return what moves an adapter to where ``--device`` says; raises UsageError at once for a GPU that is not there."""
+    """Return what moves an adapter to where ``--device`` says. Raises UsageError for a GPU that is not there."""
     where = _device(device)
     return lambda adapter: adapter if where == "cpu" else adapter.to(where)
 

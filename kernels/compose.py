@@ -2,7 +2,8 @@
 
 The stable form: near g = 1 the two terms are small on their own, where g (W + s B A) - W would lose their digits to W.
 g - 1 is formed in fp32, whatever the dtype of W. Error against float64 of the stored values, with u = 2^-24: 3u of
-each term's size, and for B A (R / 8) u |b_i| |A_j| from truncating tensor cores (R / 7 for fp32 factors; see row_norms).
+each term's size, and for B A (R / 8) u |b_i| |A_j| from truncating tensor cores (R / 7 for fp32 factors, see
+row_norms).
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ its tile (EARLY), so that its latency passes meanwhile; a rank of at most BK nee
 is for all tiles of a program (ONCE). fp32 factors enter as bf16 terms (:mod:`loratools.kernels.spelled`).
 
 Error of a squared norm against float64 of the stored values, with u = 2^-24: an entry of B A errs by at most
-(R / 16) 2u |s| sum_k |b_ik| |a_kj| (truncating tensor cores; R / 7 in place of R / 8 for fp32 factors), the sum W + s B A
-rounds twice (2u of the sum), its square once, and BN squares are added by a tree in fp32 (log2 BN u) before the tiles
-are added in fp64. So |error of a norm| <= (4 + log2(BN) / 2) u norm + (R / 8) u |s| | |b_i| |A| |. Up to R = 384 that
-is under 2e-6 of the norm while |s| | |b_i| |A| | is at most half of it; in practice about 2e-7: errors of products do
-not line up.
+(R / 16) 2u |s| sum_k |b_ik| |a_kj| (truncating tensor cores; R / 7 in place of R / 8 for fp32 factors), the sum
+W + s B A rounds twice (2u of the sum), its square once, and BN squares are added by a tree in fp32 (log2 BN u) before
+the tiles are added in fp64. So |error of a norm| <= (4 + log2(BN) / 2) u norm + (R / 8) u |s| | |b_i| |A| |. Up to
+R = 384 that is under 2e-6 of the norm while |s| | |b_i| |A| | is at most half of it; in practice about 2e-7: errors of
+products do not line up.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def _finish(partial: tl.tensor, out: tl.tensor, m: tl.tensor, SPLITS: tl.constex
 def direct(w: Tensor, b: Tensor, a: Tensor, scale: float, *, blocks: Blocks | None = None) -> Tensor:
     """Return the row norms (m,) in fp32 of w + scale b a: w (m, n) with contiguous rows, b (m, R), a (R, n).
 
-    Two launches; temporaries: SPLITS doubles per row, and the terms of fp32 factors, O((m + n) R). A row whose squares leave fp32 comes out as 0 or inf.
+    Two launches; temporaries: SPLITS doubles per row, and the terms of fp32 factors, O((m + n) R). A row whose squares
+    leave fp32 comes out as 0 or inf.
     """
     b, a = map(by_rows, spelled(b, a))
     (m, n), rank = w.shape, b.shape[1]
@@ -121,8 +122,8 @@ def direct(w: Tensor, b: Tensor, a: Tensor, scale: float, *, blocks: Blocks | No
     out = torch.empty(m, dtype=torch.float32, device=w.device)
     _squares[(triton.cdiv(m, s["BM"]), s["SPLITS"])](
         w, b, a, partial, m, n, rank, w.stride(0), b.stride(0), a.stride(0), float(scale),
-        BM=s["BM"], BN=s["BN"], BK=s["BK"], SPLITS=s["SPLITS"],
-        EVEN=n % s["BN"] == 0 and rank % s["BK"] == 0, EARLY=bool(s["EARLY"]), ONCE=rank <= s["BK"], **options(s),
+        BM=s["BM"], BN=s["BN"], BK=s["BK"], SPLITS=s["SPLITS"], EVEN=n % s["BN"] == 0 and rank % s["BK"] == 0,
+        EARLY=bool(s["EARLY"]), ONCE=rank <= s["BK"], **options(s),
     )  # fmt: skip
     _finish[(triton.cdiv(m, 256),)](partial, out, m, SPLITS=s["SPLITS"], BM=256)
     return out

@@ -79,8 +79,8 @@ def shared_terms(
 ) -> tuple[Tensor, Tensor]:
     """Return |w_i|^2 (m,) and the inner products <w_i, (b_k a_k)_i> (adapters, m), both fp64: one launch.
 
-    Temporaries: the stacked factors, their ranks rounded up to a block; never a matrix of W's size. fp32 and fp16 rows of
-    A on a bf16 W are stacked as bf16 terms, so that W stays on tensor cores as it is stored.
+    Temporaries: the stacked factors, their ranks rounded up to a block; never a matrix of W's size. fp32 and fp16
+    rows of A on a bf16 W are stacked as bf16 terms, so that W stays on tensor cores as it is stored.
     """
     if w.dtype == torch.bfloat16:
         cut = [terms(a)[::-1] for a in as_]

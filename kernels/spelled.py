@@ -1,7 +1,7 @@
 """Products of factors of any dtype as products of 16-bit ones: fp32 factors are cut into bf16 terms beforehand.
 
 b = b1 + b2 + b3 and a = a1 + a2 + a3 exactly (three bf16 terms hold the 24 bits of fp32, two the 11 of fp16), so b a is
-the sum of the b_i a_j: one product [b3 b2 b1 b2 b1 b1] [a1; a2; a3; a1; a2; a1] of six times the rank, for tensor cores.
+the sum of the b_i a_j: one product [b3 b2 b1 b2 b1 b1] [a1; a2; a3; a1; a2; a1] of six times the rank.
 Terms with i + j > 4 are left out: they are below 2^-25 of |b| |a|. The small ones come first, so that the chain of sums
 is hardly longer than one rank where its sums are large: R / 16 + (5 R / 16) 2^-8 truncations of 2u, below (R / 7) u.
 """
@@ -17,7 +17,7 @@ TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 def spelled(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Return b (m, R), a (R, n) in one 16-bit dtype: themselves, or (m, t R), (t R, n) with t <= 6 and the same product.
+    """Return b (m, R), a (R, n) in one 16-bit dtype: themselves, or (m, t R), (t R, n), t <= 6, of the same product.
 
     O((m + n) R) time and memory.
     """

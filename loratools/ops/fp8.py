@@ -44,7 +44,8 @@ def changes(base: Base, target: Target, *, measure: bool) -> dict[str, Change]:
 
     def merge(leaf: Leaf | None) -> tuple[Array, Array, Figures]:
         assert leaf is not None
-        w = dequantised(*(beside(t, target.terms[0].update) for t in (leaf, scale)), block)
+        u = target.terms[0].update
+        w = dequantised(beside(leaf, u), beside(scale, u), block)
         folded = fold(w, [(t.weight, t.update) for t in target.terms])
         new_codes, new_scale = requantised(folded.value, scale, block, target.dtype)
         figures = Figures()

@@ -46,7 +46,15 @@ def norm_variants() -> Iterator[Variant]:
     yield "finish", row_norms._finish, {"partial": "*fp64", "out": "*fp32", "m": "i32"}, {"SPLITS": 8, "BM": 256}, {}
     for f in TYPES:
         factor = "bf16" if f == "fp32" else f
-        types = {"w": f"*{f}", "b": f"*{factor}", "a": f"*{factor}", "gain": "*fp32", "out": "*fp32", "scale": "fp32", **sizes}
+        types = {
+            "w": f"*{f}",
+            "b": f"*{factor}",
+            "a": f"*{factor}",
+            "gain": "*fp32",
+            "out": "*fp32",
+            "scale": "fp32",
+            **sizes,
+        }
         yield f"compose {f}", compose._compose, types, *sized(pick("compose", itemsize=SIZES[f]), EVEN=f != "fp16")
     for f in ("bf16", "fp32"):
         s = pick("row_norms_shared", itemsize=SIZES[f], rank=128)

@@ -46,6 +46,6 @@ def test_compiles_for_hopper_without_tf32_or_float_atomics(names: list[str]) -> 
         assert made["shared"] <= SHARED_LIMIT, name
         assert made["spilled"] <= 256, name
         dots = not name.startswith(("finish", "add up", "jacobi", "signs", "terms"))
-        assert made["wgmma"] == (
-            dots and ("fp32" not in name or not name.startswith(("gram", "row_norms_shared")))
-        ), name
+        assert made["wgmma"] == (dots and ("fp32" not in name or not name.startswith(("gram", "row_norms_shared")))), (
+            name
+        )
