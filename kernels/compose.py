@@ -60,10 +60,12 @@ def _compose(
     base = tl.load(w + place * w_row + cols[None, :], mask=is_col, other=0.0)  # its latency passes during the product
     for start in range(0, rank, BK):
         if EVEN:
-            tall, wide = tl.load(talls + start), tl.load(wides + start * a_row.to(tl.int64))
+            tall, wide = tl.load(talls + start), tl.load(wides + start * tl.cast(a_row, tl.int64))
         else:
             tall = tl.load(talls + start, mask=k[None, :] < rank - start, other=0.0)
-            wide = tl.load(wides + start * a_row.to(tl.int64), mask=(k[:, None] < rank - start) & is_col, other=0.0)
+            wide = tl.load(
+                wides + start * tl.cast(a_row, tl.int64), mask=(k[:, None] < rank - start) & is_col, other=0.0
+            )
         acc = mma_onto(tall, wide, acc)
     g = tl.load(gain + held)[:, None]
     change = (g - 1.0) * base.to(tl.float32) + g * (scale * acc)

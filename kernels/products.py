@@ -116,9 +116,9 @@ def _product(
             x1 = tl.load(block + at, mask=is_k[:, None], other=0.0)
             x2, x3 = x1, x1
             if X_TERMS >= 2:
-                x2 = tl.load(block + at + deep.to(tl.int64) * BL, mask=is_k[:, None], other=0.0)
+                x2 = tl.load(block + at + tl.cast(deep, tl.int64) * BL, mask=is_k[:, None], other=0.0)
             if X_TERMS >= 3:
-                x3 = tl.load(block + at + deep.to(tl.int64) * 2 * BL, mask=is_k[:, None], other=0.0)
+                x3 = tl.load(block + at + tl.cast(deep, tl.int64) * 2 * BL, mask=is_k[:, None], other=0.0)
             part = split_product(tile, x1, x2, x3, D_TERMS, X_TERMS)
         acc = plus(acc, part)
     to = ((split * batch_count + batch) * long + i[:, None]) * width + l[None, :]

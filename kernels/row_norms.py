@@ -87,11 +87,13 @@ def _squares(
         else:
             for start in range(0, rank, BK):
                 if EVEN:
-                    tall, wide = tl.load(talls + start), tl.load(wides + start * a_row.to(tl.int64))
+                    tall, wide = tl.load(talls + start), tl.load(wides + start * tl.cast(a_row, tl.int64))
                 else:
                     left = rank - start
                     tall = tl.load(talls + start, mask=k[None, :] < left, other=0.0)
-                    wide = tl.load(wides + start * a_row.to(tl.int64), mask=(k[:, None] < left) & is_col, other=0.0)
+                    wide = tl.load(
+                        wides + start * tl.cast(a_row, tl.int64), mask=(k[:, None] < left) & is_col, other=0.0
+                    )
                 acc = mma_onto(tall, wide, acc)
         if not EARLY:
             base = _w_tile(w + place * w_row + cols[None, :], is_col, EVEN)
@@ -105,7 +107,7 @@ def _finish(partial: tl.tensor, out: tl.tensor, m: tl.tensor, SPLITS: tl.constex
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     total = tl.zeros((BM,), tl.float64)
     for split in range(SPLITS):
-        total += tl.load(partial + split * m.to(tl.int64) + rows, mask=rows < m, other=0.0)
+        total += tl.load(partial + split * tl.cast(m, tl.int64) + rows, mask=rows < m, other=0.0)
     tl.store(out + rows, tl.sqrt(total).to(tl.float32), mask=rows < m)
 
 

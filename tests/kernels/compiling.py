@@ -142,10 +142,22 @@ def resources(ptx: str) -> dict[str, int]:
     return {key: max(map(int, re.findall(pattern, said)), default=0) for key, pattern in patterns.items()}
 
 
+def of_ones(variant: Variant) -> Variant:
+    """Return the variant for sizes and strides of 1, of which Triton makes constants, not tensors."""
+    name, kernel, types, constants, launch = variant
+    sizes = [argument for argument, type in types.items() if type == "i32"]
+    rest = {argument: type for argument, type in types.items() if type != "i32"}
+    return name, kernel, rest, {**constants, **dict.fromkeys(sizes, 1)}, launch
+
+
 def main() -> None:
-    """Compile the variants whose name holds one of the arguments (all if none), and print what came out."""
-    wanted = sys.argv[1:]
+    """Compile the variants whose name holds one of the arguments (all if none), and print what came out.
+
+    ``--ones``: for sizes and strides of 1.
+    """
+    wanted = [w for w in sys.argv[1:] if w != "--ones"]
     chosen = [v for v in variants() if not wanted or any(w in v[0] for w in wanted)]
+    chosen = [of_ones(v) for v in chosen] if "--ones" in sys.argv else chosen
     print(json.dumps({name: compiled(*rest) for name, *rest in chosen}, indent=1))
 
 
