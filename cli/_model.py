@@ -31,12 +31,19 @@ class Shown:
 
 
 def read(
-    base: Path, paths: Sequence[Path], *, format: str | None, allow_unknown: bool, allow_fp8: bool = False
+    base: Path,
+    paths: Sequence[Path],
+    *,
+    format: str | None,
+    allow_unknown: bool,
+    allow_fp8: bool = False,
+    device: str = "cpu",
 ) -> tuple[Base, tuple[Adapter, ...]]:
-    """Open a model and load adapters for it, which settles their names and orientations.
+    """Open a model and load adapters for it, which settles their names and orientations; these go to the device.
 
     A quantised model is refused first: its packed shapes would only look like those of another model.
     """
+    place = _session.place(device)
     model = open_model(base)
     if method_of(model) is not None:
         named = (open_bundle(path).config or {} for path in paths)
@@ -44,7 +51,7 @@ def read(
         refuse_quantised(model, model_id=model_id, allow_fp8=allow_fp8)
     order = _options.expert_order()
     return model, tuple(
-        load(path, format=format, base=model, allow_unknown=allow_unknown, expert_order=order) for path in paths
+        place(load(path, format=format, base=model, allow_unknown=allow_unknown, expert_order=order)) for path in paths
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +34,13 @@ def read(
     else:
         opened = None if base is None else Base.open(base)
     adapter = load(path, format=format, base=opened, allow_unknown=allow_unknown, expert_order=order)
+    return place(device)(adapter), opened
+
+
+def place(device: str) -> Callable[[Adapter], Adapter]:
+    """Return what moves an adapter to where ``--device`` says. Raises UsageError for a GPU that is not there."""
     where = _device(device)
-    return (adapter if where == "cpu" else adapter.to(where)), opened
+    return lambda adapter: adapter if where == "cpu" else adapter.to(where)
 
 
 def _said_base(path: Path) -> str | None:

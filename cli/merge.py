@@ -78,8 +78,9 @@ def command(
     from loratools.ops.merge import merge
 
     gate = gates.parse(fail_on)
-    _model.cpu_only(device, "merge")
-    base, adapters = _model.read(base_path, paths, format=format, allow_unknown=allow_unknown, allow_fp8=requantise)
+    base, adapters = _model.read(
+        base_path, paths, format=format, allow_unknown=allow_unknown, allow_fp8=requantise, device=device
+    )
     target = output or _model.default_output(base_path, "merged")
     with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=_model.nbytes(base)):
         report = merge(

@@ -2,7 +2,8 @@
 
 The stable form: near g = 1 the two terms are small on their own, where g (W + s B A) - W would lose their digits to W.
 g - 1 is formed in fp32, whatever the dtype of W. Error against float64 of the stored values, with u = 2^-24: 3u of
-each term's size, and for B A (R / 8) u |b_i| |A_j| from truncating tensor cores (see row_norms).
+each term's size, and for B A (R / 8) u |b_i| |A_j| from truncating tensor cores (R / 7 for fp32 factors, see
+row_norms).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import triton.language as tl
 from loratools.dispatch import fuses
 from loratools.kernels.blocks import Blocks, options, pick
 from loratools.kernels.row_norms import fits
-from loratools.kernels.target import Tensor, by_rows, common, usable
+from loratools.kernels.spelled import spelled
+from loratools.kernels.target import Tensor, by_rows, usable
 from loratools.kernels.tiles import mma_onto
 from loratools.linalg import row_norms
 
@@ -55,14 +57,16 @@ def _compose(
     talls = b + place * b_row + k[None, :]
     wides = a + k[:, None].to(tl.int64) * a_row + cols[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
+    base = tl.load(w + place * w_row + cols[None, :], mask=is_col, other=0.0)  # its latency passes during the product
     for start in range(0, rank, BK):
         if EVEN:
-            tall, wide = tl.load(talls + start), tl.load(wides + start * a_row.to(tl.int64))
+            tall, wide = tl.load(talls + start), tl.load(wides + start * tl.cast(a_row, tl.int64))
         else:
             tall = tl.load(talls + start, mask=k[None, :] < rank - start, other=0.0)
-            wide = tl.load(wides + start * a_row.to(tl.int64), mask=(k[:, None] < rank - start) & is_col, other=0.0)
+            wide = tl.load(
+                wides + start * tl.cast(a_row, tl.int64), mask=(k[:, None] < rank - start) & is_col, other=0.0
+            )
         acc = mma_onto(tall, wide, acc)
-    base = tl.load(w + place * w_row + cols[None, :], mask=is_col, other=0.0)
     g = tl.load(gain + held)[:, None]
     change = (g - 1.0) * base.to(tl.float32) + g * (scale * acc)
     tl.store(out + place * n + cols[None, :], change, mask=(rows[:, None] < m) & is_col)
@@ -70,10 +74,9 @@ def _compose(
 
 def composed(w: Tensor, b: Tensor, a: Tensor, gain: Tensor, scale: float, *, blocks: Blocks | None = None) -> Tensor:
     """Return (g - 1) w + g scale b a (m, n) in fp32: w (m, n) with contiguous rows, b (m, R), a (R, n), gain (m,)."""
+    b, a = map(by_rows, spelled(b, a))
     (m, n), rank = w.shape, b.shape[1]
-    dtype = common(b, a)
-    b, a = by_rows(b.to(dtype)), by_rows(a.to(dtype))
-    s = blocks or pick("compose", itemsize=dtype.itemsize)
+    s = blocks or pick("compose", itemsize=w.element_size())
     out = torch.empty((m, n), dtype=torch.float32, device=w.device)
     _compose[(triton.cdiv(m, s["BM"]), triton.cdiv(n, s["BN"]))](
         w, b, a, gain.float().contiguous(), out, m, n, rank, w.stride(0), b.stride(0), a.stride(0), float(scale),

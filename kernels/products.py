@@ -5,6 +5,10 @@ thin block comes as bf16 terms: three hold all bits of fp32 (full precision), tw
 where errors of 2^-16 only turn the block a little; a sketch's signs are one exact term. The matrix is bf16 (one exact
 term), fp16 (two) or fp32 or a difference (as many as the block has).
 
+A sketch makes its signs in the tile (``fused``) or reads those that a launch before it made, bit for bit the same: ten
+rounds of Philox for every row tile are some 3000 cycles of a processor's integer units per 64 x 32 signs, as long as
+28 KB of D take to arrive, so that tiles of fewer than 256 rows read them from L2 by default.
+
 Bytes of D are the floor while 2 l terms flop per element stay below the balance of the machine: l = 26 columns in three
 terms are 96 flop per byte of bf16, half of what an H200 balances at.
 
@@ -23,8 +27,8 @@ import triton.language as tl
 
 from loratools.kernels.blocks import Blocks, options, pick
 from loratools.kernels.philox import packed, signs, signs_reference, signs_tile
+from loratools.kernels.spelled import TERMS
 from loratools.kernels.target import FLOATS, Tensor, is_aligned, power_of_two, table
-from loratools.kernels.thin import TERMS
 from loratools.kernels.tiles import narrow, plus, split_product
 from loratools.linalg.seeds import Key
 
@@ -112,9 +116,9 @@ def _product(
             x1 = tl.load(block + at, mask=is_k[:, None], other=0.0)
             x2, x3 = x1, x1
             if X_TERMS >= 2:
-                x2 = tl.load(block + at + deep.to(tl.int64) * BL, mask=is_k[:, None], other=0.0)
+                x2 = tl.load(block + at + tl.cast(deep, tl.int64) * BL, mask=is_k[:, None], other=0.0)
             if X_TERMS >= 3:
-                x3 = tl.load(block + at + deep.to(tl.int64) * 2 * BL, mask=is_k[:, None], other=0.0)
+                x3 = tl.load(block + at + tl.cast(deep, tl.int64) * 2 * BL, mask=is_k[:, None], other=0.0)
             part = split_product(tile, x1, x2, x3, D_TERMS, X_TERMS)
         acc = plus(acc, part)
     to = ((split * batch_count + batch) * long + i[:, None]) * width + l[None, :]
@@ -165,7 +169,7 @@ class Matrices:
 
     def sketch(self, keys: Sequence[Key], width: int, *, blocks: Blocks | None = None) -> Tensor:
         """Return D times the test matrices of the keys, (batch, m, width) fp32."""
-        s = blocks or self._blocks("sketch")
+        s = blocks or self.blocks("sketch")
         if not s["fused"]:
             made = signs(list(keys), self.shape[1], power_of_two(width), self.device)
             return self._run(made[:, None], width, turned=False, sketch=False, blocks=s)
@@ -174,16 +178,17 @@ class Matrices:
     def times(self, x: Tensor, *, count: int = 3, blocks: Blocks | None = None) -> Tensor:
         """Return D x (batch, m, l) in fp32: x (batch, n, l) in fp32, entering as ``count`` bf16 terms."""
         return self._run(
-            terms(x, count), x.shape[-1], turned=False, sketch=False, blocks=blocks or self._blocks("times")
+            terms(x, count), x.shape[-1], turned=False, sketch=False, blocks=blocks or self.blocks("times")
         )
 
     def turned_times(self, y: Tensor, *, count: int = 3, blocks: Blocks | None = None) -> Tensor:
         """Return D^T y (batch, n, l) in fp32: y (batch, m, l) in fp32, entering as ``count`` bf16 terms."""
         return self._run(
-            terms(y, count), y.shape[-1], turned=True, sketch=False, blocks=blocks or self._blocks("turned")
+            terms(y, count), y.shape[-1], turned=True, sketch=False, blocks=blocks or self.blocks("turned")
         )
 
-    def _blocks(self, kernel: str) -> Blocks:
+    def blocks(self, kernel: str) -> Blocks:
+        """Return the table's blocks for this batch: of ``sketch``, ``times`` or ``turned``."""
         return pick(kernel, minus=int(self.bases is not None), itemsize=self.ds[0].element_size(), batch=len(self.ds))
 
     def _run(self, block: Tensor, width: int, *, turned: bool, sketch: bool, blocks: Blocks) -> Tensor:

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from loratools.kernels.blocks import Blocks, options, pick
 from loratools.kernels.row_norms import direct
+from loratools.kernels.spelled import terms
 from loratools.kernels.target import Tensor, by_rows, common, power_of_two
 from loratools.kernels.tiles import mma, plus
 
@@ -78,8 +79,12 @@ def shared_terms(
 ) -> tuple[Tensor, Tensor]:
     """Return |w_i|^2 (m,) and the inner products <w_i, (b_k a_k)_i> (adapters, m), both fp64: one launch.
 
-    Temporaries: the stacked factors, their ranks rounded up to a block; never a matrix of W's size.
+    Temporaries: the stacked factors, their ranks rounded up to a block; never a matrix of W's size. fp32 and fp16
+    rows of A on a bf16 W are stacked as bf16 terms, so that W stays on tensor cores as it is stored.
     """
+    if w.dtype == torch.bfloat16:
+        cut = [terms(a)[::-1] for a in as_]
+        bs, as_ = [torch.cat([b] * len(c), 1) for b, c in zip(bs, cut, strict=True)], [torch.cat(c) for c in cut]
     (m, n), ranks = w.shape, [b.shape[1] for b in bs]
     s = blocks or pick("row_norms_shared", itemsize=w.dtype.itemsize, rank=max(ranks))
     width = min(power_of_two(max(ranks)), s["BR"])

@@ -31,6 +31,9 @@ from loratools.linalg.seeds import Key
 
 TEXTBOOK = unwrap(rsvd)
 
+STRETCH = 256
+"""Rows of one product in :func:`inner`."""
+
 FIRST_ROUND = 1e-2
 """How far from orthonormal, times the columns, the first round of CholeskyQR may leave a block: see linalg.orth."""
 
@@ -144,7 +147,9 @@ def decomposed(batch: Batch, k: int, keys: Sequence[Key], *, width: int, power: 
         fine = fine & also & too
     z = batch.turned_times(q)
     right, also = orthonormal(z)
-    core = jacobi.svd(z.double().mT @ right.double())  # (l, l): z^T right = u s v^T, so D = q z^T = (q u) s (right v)^T
+    core = jacobi.svd(
+        inner(z.double(), right.double())
+    )  # (l, l): z^T right = u s v^T, so D = q z^T = (q u) s (right v)^T
     u, v = q.double() @ core.u[..., :k], right.double() @ core.v[..., :k]
     fine = fine & also & core.converged & (core.s[..., k - 1] > 0)
     return Decomposed(u.float(), core.s[..., :k], v.mT.float(), fine)
@@ -157,15 +162,30 @@ def orthonormal(y: Tensor) -> tuple[Tensor, Tensor]:
     in :func:`loratools.linalg.orth.orthonormalise`.
     """
     q, fine = _cholesky_qr(y.double())
-    gram = q.mT @ q
+    gram = inner(q, q)
     unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     near = (gram - unit).abs().amax(dim=(-1, -2)) <= FIRST_ROUND / gram.shape[-1]  # false for NaN
     q, also = _cholesky_qr(q, gram)
     return q.float(), fine & near & also
 
 
+def inner(x: Tensor, y: Tensor) -> Tensor:
+    """Return x^T y of x (batch, n, p), y (batch, n, q), by stretches that run side by side.
+
+    The library gives each product of a batch to one processor however long it is, and a batch is smaller than a GPU.
+    """
+    batch, n, _ = x.shape
+    count = n // STRETCH
+    if count < 2:
+        return x.mT @ y
+    cut = count * STRETCH
+    left, right = (t[:, :cut].reshape(batch * count, STRETCH, -1) for t in (x, y))
+    total = (left.mT @ right).reshape(batch, count, x.shape[-1], y.shape[-1]).sum(1)
+    return total if cut == n else total + x[:, cut:].mT @ y[:, cut:]
+
+
 def _cholesky_qr(y: Tensor, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    gram = y.mT @ y if gram is None else gram
+    gram = inner(y, y) if gram is None else gram
     factor, failed = torch.linalg.cholesky_ex(gram)
     unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
     return y @ torch.linalg.solve_triangular(factor, unit, upper=False).mT, failed == 0

@@ -14,11 +14,9 @@ import triton
 import triton.language as tl
 
 from loratools.kernels.blocks import Blocks, options, pick
+from loratools.kernels.spelled import TERMS
 from loratools.kernels.target import FLOATS, VECTOR_BYTES, Tensor, by_rows, is_aligned, power_of_two, stretches, table
 from loratools.kernels.tiles import narrow, split_product
-
-TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-"""bf16 terms that hold every number of a dtype."""
 
 
 def thin_reference(factors: Sequence[Tensor], cores: Sequence[Tensor], *, wide: Sequence[bool]) -> list[Tensor]:
@@ -90,6 +88,7 @@ def thin(
     """Return x @ core_i for tall x (n, R) -> (n, k_i), core_i^T @ x for wide x (R, n) -> (k_i, n), in fp32: one launch.
 
     ``factors`` of one dtype; ``cores (factors, R.., k..)`` fp32, of which (R, k_i) of each enter, k_i from ``ranks``.
+    The results are parts of one buffer.
     """
     xs = [by_rows(x) for x in factors]
     device, size = xs[0].device, xs[0].element_size()
@@ -99,9 +98,11 @@ def thin(
     s = blocks or pick("thin", itemsize=size, rank=side)
     lengths = [x.shape[1] if w else x.shape[0] for x, w in zip(xs, wide, strict=True)]
     used = [x.shape[0] if w else x.shape[1] for x, w in zip(xs, wide, strict=True)]
+    sizes = [length * k for length, k in zip(lengths, ranks, strict=True)]
+    flat = torch.empty(sum(sizes), dtype=torch.float32, device=device)  # one allocation for hundreds of results
     outs = [
-        torch.empty((k, length) if w else (length, k), dtype=torch.float32, device=device)
-        for length, k, w in zip(lengths, ranks, wide, strict=True)
+        part.view((k, length) if w else (length, k))
+        for part, length, k, w in zip(flat.split(sizes), lengths, ranks, wide, strict=True)
     ]
     rows = [
         [x.data_ptr(), x.stride(0), rank, int(w), out.data_ptr(), out.stride(0), k, i]

@@ -89,9 +89,11 @@ def _by_form(modules: Sequence[Module]) -> list[list[Module]]:
 
 def _truncated(group: Sequence[Module], precision: Precision) -> dict[int, Truncation]:
     """Return the truncations, by place, of those modules of a group that this precision can be trusted with."""
-    found = _cores(group, *_grams(group, precision), precision)
-    s, noise = found.s.cpu().numpy(), found.noise.cpu().numpy()  # the one synchronisation
     counts = np.array([min(*x.b.shape, *x.a.shape) for x in group])
+    scale, count = torch.tensor([[x.scale for x in group], counts.tolist()], dtype=torch.float64).to(group[0].b.device)
+    found = _cores(*_grams(group, precision), scale, count, precision)
+    told = torch.cat([found.noise[:, None], found.s], 1).cpu().numpy()  # the one question to the device
+    noise, s = told[:, 0], told[:, 1:]
     ranks = [x.choose(s[i, : counts[i]]) if np.isfinite(noise[i]) and noise[i] > 0 else 0 for i, x in enumerate(group)]
     fine = _trusted(group, s, noise, counts, np.array(ranks))
     kept = [i for i in range(len(group)) if fine[i]]
@@ -99,10 +101,11 @@ def _truncated(group: Sequence[Module], precision: Precision) -> dict[int, Trunc
         return {}
     talls, wides = _factors([group[i] for i in kept], [ranks[i] for i in kept], found, kept, precision)
     energy, error = _figures(s, ranks)
+    spectra = found.s.unbind()
     route = f"gram{precision.dtype[-2:]}"
     return {
         group[i].place: Truncation(
-            tall, wide, found.s[i, : counts[i]], ranks[i], float(energy[i]), float(error[i]), route
+            tall, wide, spectra[i][: counts[i]], ranks[i], float(energy[i]), float(error[i]), route
         )
         for i, tall, wide in zip(kept, talls, wides, strict=True)
     }
@@ -123,17 +126,18 @@ def _grams(group: Sequence[Module], precision: Precision) -> tuple[Tensor, Tenso
     return gb[:, :rank, :rank], ga[:, :rank, :rank]
 
 
-def _cores(group: Sequence[Module], gb: Tensor, ga: Tensor, precision: Precision) -> Cores:
-    """Return the spectra: :func:`loratools.linalg.cores.spectra` for a batch, without a synchronisation."""
-    device = gb.device
-    scale = torch.tensor([x.scale for x in group], dtype=torch.float64, device=device)
+def _cores(gb: Tensor, ga: Tensor, scale: Tensor, counts: Tensor, precision: Precision) -> Cores:
+    """Return the spectra: :func:`loratools.linalg.cores.spectra` for a batch, without a synchronisation.
+
+    ``scale (batch,)``; ``counts (batch,)``: how many values each product has.
+    """
     nb, na = (torch.diagonal(g, dim1=-2, dim2=-1) for g in (gb, ga))
     faint_b, faint_a = nb < precision.faint, na < precision.faint
     fine = (torch.isfinite(nb) & torch.isfinite(na) & (faint_b == faint_a)).all(-1) & (~faint_b).any(-1)
     alive = (nb > 0) & (na > 0)
     gauge = torch.where(alive, nb / torch.where(alive, na, 1.0), 1.0) ** 0.25
     gauge = torch.where(fine[:, None], gauge, 1.0)
-    unit = torch.eye(gb.shape[-1], dtype=torch.float64, device=device)
+    unit = torch.eye(gb.shape[-1], dtype=torch.float64, device=gb.device)
     gb = torch.where(
         fine[:, None, None], gb * (scale**2)[:, None, None] / (gauge[:, :, None] * gauge[:, None, :]), unit
     )
@@ -146,8 +150,7 @@ def _cores(group: Sequence[Module], gb: Tensor, ga: Tensor, precision: Precision
     fine = fine & ((failed == 0) | (still == 0)) & (size > 0)
     core = torch.where(fine[:, None, None], root.mT @ gb @ root, unit)
     _, energies, v, converged = jacobi.svd((core + core.mT) / 2)
-    counts = torch.tensor([min(*x.b.shape, *x.a.shape) for x in group], device=device)
-    within = torch.arange(energies.shape[-1], device=device) < counts[:, None]
+    within = torch.arange(energies.shape[-1], device=gb.device) < counts[:, None]
     s = torch.sqrt(torch.where(within, energies, 0.0))
     noise = torch.where(fine & converged, precision.noise * size, torch.nan)
     return Cores(s, root @ v, gb, gauge, noise)
@@ -180,24 +183,25 @@ def _factors(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the balanced factors b (m, k) and a (k, n) of every module in fp32: linalg.cores.balanced for a batch."""
     device, most = found.s.device, max(ranks)
-    at = torch.tensor(places, device=device)
+    rows = [list(places), list(ranks), [x.scale for x in group]]
+    at, count, scale = torch.tensor(rows, dtype=torch.float64).to(device)[:, :, None, None]
+    at = at[:, 0, 0].long()
     s, lv, gb, gauge = (t[at] for t in (found.s, found.lv, found.gb, found.gauge))
     s, lv = s[:, None, :most], lv[:, :, :most]
-    kept = torch.arange(most, device=device) < torch.tensor(ranks, device=device)[:, None, None]
+    kept = torch.arange(most, device=device) < count
     s = torch.where(kept, s, 1.0)
-    scale = torch.tensor([x.scale for x in group], dtype=torch.float64, device=device)[:, None, None]
     tall = torch.where(kept, lv * s**-0.5 * (scale / gauge[:, :, None]), 0.0)
     wide = torch.where(kept, (gb @ (lv * s**-1.5)) * gauge[:, :, None], 0.0)
-    bs, as_, count = [x.b for x in group], [x.a for x in group], len(group)
+    bs, as_, size = [x.b for x in group], [x.a for x in group], len(group)
     if precision.dtype == "float64":
         pairs = list(zip(bs, as_, tall, wide, ranks, strict=True))
         made = [((b.double() @ t[:, :k]).float(), (w[:, :k].mT @ a.double()).float()) for b, a, t, w, k in pairs]
         return [b for b, _ in made], [a for _, a in made]
     tall, wide = tall.float(), wide.float()
     if bs[0].dtype == as_[0].dtype:
-        done = thin(bs + as_, torch.cat([tall, wide]), [*ranks, *ranks], wide=[False] * count + [True] * count)
-        return done[:count], done[count:]
-    return thin(bs, tall, ranks, wide=[False] * count), thin(as_, wide, ranks, wide=[True] * count)
+        done = thin(bs + as_, torch.cat([tall, wide]), [*ranks, *ranks], wide=[False] * size + [True] * size)
+        return done[:size], done[size:]
+    return thin(bs, tall, ranks, wide=[False] * size), thin(as_, wide, ranks, wide=[True] * size)
 
 
 def _figures(s: Any, ranks: Sequence[int]) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
 from functools import cache
 from math import prod
 from typing import Any
@@ -121,6 +122,17 @@ def down(x: Array, dtype: str) -> Array:
     if is_float(dtype):
         return _down_float(x, dtype)
     return _down_integer(x, dtype)
+
+
+def down_together(xs: Sequence[Array], dtypes: Sequence[str]) -> list[Array] | None:
+    """Return :func:`down` of many tensors on a GPU, which is asked once whether all are finite; None if one is not.
+
+    ``down`` asks once per tensor, and every question waits for the device. Tensors of torch only.
+    """
+    torch = _torch(*xs)
+    made = [x.to(getattr(torch, dtype)) for x, dtype in zip(xs, dtypes, strict=True)]
+    largest = torch.stack([x.float() for x in torch._foreach_norm(made, float("inf"))])
+    return made if bool(torch.isfinite(largest).all()) else None
 
 
 def _down_float(x: Array, dtype: str) -> Array:

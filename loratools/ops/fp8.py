@@ -14,6 +14,7 @@ from loratools.io.quantised import FP8, scale_of
 from loratools.io.write import TensorPlan
 from loratools.linalg.namespace import all_finite, cast, dtype_name, namespace, up
 from loratools.ops.fold import fold, square
+from loratools.ops.placing import beside, is_away
 from loratools.ops.rewrite import Block, Change, Figures
 from loratools.ops.targets import Target
 
@@ -43,7 +44,8 @@ def changes(base: Base, target: Target, *, measure: bool) -> dict[str, Change]:
 
     def merge(leaf: Leaf | None) -> tuple[Array, Array, Figures]:
         assert leaf is not None
-        w = dequantised(leaf, scale, block)
+        u = target.terms[0].update
+        w = dequantised(beside(leaf, u), beside(scale, u), block)
         folded = fold(w, [(t.weight, t.update) for t in target.terms])
         new_codes, new_scale = requantised(folded.value, scale, block, target.dtype)
         figures = Figures()
@@ -60,7 +62,8 @@ def changes(base: Base, target: Target, *, measure: bool) -> dict[str, Change]:
         return merge(source)[1], Figures()
 
     def always(block: Block) -> Change:
-        return Change(codes if block is weight else scales, source, lambda start, stop: block, whole=True)
+        plan = codes if block is weight else scales
+        return Change(plan, source, lambda start, stop: block, whole=True, away=is_away(target.terms[0].update))
 
     return {target.name: always(weight), scale_name: always(rescale)}
 

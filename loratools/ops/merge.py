@@ -48,7 +48,8 @@ def merge(
     Computed in fp32 (fp64 for an fp64 base) and rounded once to the base's dtype. The output has the base's files,
     tensor names, order, dtypes and metadata; the index and, where ties or the vocabulary change, config.json are
     rewritten, other small files copied. Names and shapes are checked before the first byte. Memory: a few MB per
-    thread, and the factors of one parameter; a parameter whose rows depend on each other is held as a whole.
+    thread, and the factors of one parameter; a parameter whose rows depend on each other is held as a whole. Adapters
+    on a GPU are merged there, one parameter at a time.
 
     ``undo_file`` keeps what :func:`loratools.ops.unmerge.unmerge` needs beyond the adapters. ``resume`` continues a
     killed job at the first unfinished shard. ``measure`` = False leaves the figures of the report out. Nothing is kept

@@ -18,7 +18,7 @@ from loratools.linalg.rounding import rounded
 from loratools.linalg.seeds import Key, key_of
 from loratools.ops import fp8
 from loratools.ops.fold import Folded, Weighted, agreement, fold, square
-from loratools.ops.placing import beside
+from loratools.ops.placing import beside, is_away
 from loratools.ops.rewrite import Block, Change, Figures
 from loratools.ops.settle import Pass, can_settle, once, settle
 from loratools.ops.targets import Target, Targets
@@ -61,8 +61,10 @@ def _change(base: Base, target: Target, how: Rounding) -> Change:
         source = None  # resized: nothing of the old values enters
     ground = target.value.value if target.value is not None and target.on_value else source
     passes = [_pass(term.update, ground) for term in target.terms]
-    whole = any(made is None and rowwise(term.update) is None for term, made in zip(target.terms, passes, strict=True))
-    return Change(plan, source, lambda start, stop: _block(target, how, passes, whole=whole), whole)
+    away = any(map(is_away, (*(term.update for term in target.terms), *filter(None, [target.value]))))
+    apart = any(made is None and rowwise(term.update) is None for term, made in zip(target.terms, passes, strict=True))
+    whole = away or apart
+    return Change(plan, source, lambda start, stop: _block(target, how, passes, whole=whole), whole, away)
 
 
 def _pass(u: Update, base: Leaf | Array | None) -> Callable[[], Pass] | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from loratools.core.update import Array, Update, shape_of, tensors
 from loratools.leaf import Leaf
-from loratools.linalg.namespace import device_of, is_float, namespace, to_device, to_numpy, up
+from loratools.linalg.namespace import device_of, is_float, namespace, placed_like, to_numpy, up
 from loratools.ops.parts import Part
 
 
@@ -34,9 +34,15 @@ def base_matrix(part: Part, leaf: Leaf) -> Placed | None:
 
 
 def beside(x: Leaf | Array, update: Update) -> Leaf | Array:
-    """Return a base parameter where the update is: on its device where that is a GPU, else as it is."""
+    """Return a base parameter where the update is: in its library, on its device; as it is where both are NumPy's."""
     like = _in_memory(update)
-    return x if like is None or device_of(like) == "cpu" else to_device(x, device_of(like))
+    return x if like is None or namespace(like) is namespace() else placed_like(x, like)
+
+
+def is_away(update: Update) -> bool:
+    """Tell whether an update lies on another device than the files' data come to: on a GPU."""
+    like = _in_memory(update)
+    return like is not None and device_of(like) != "cpu"
 
 
 def placed(x: Array, like: Array) -> Array:

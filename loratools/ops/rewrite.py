@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 from loratools.core import pool
@@ -23,10 +24,11 @@ from loratools.io.save_like import Shard, copy_tensor, layout_like, write_array
 from loratools.io.staging import Staging
 from loratools.io.write import Layout, TensorPlan, write_safetensors
 from loratools.leaf import Leaf
-from loratools.linalg.namespace import dtype_name, namespace
+from loratools.linalg.namespace import dtype_name, namespace, to_numpy
 
 RANGE_BYTES = 16 << 20  # of the output: given to one thread at a time
 BLOCK = 1 << 18  # elements changed at once: what is made of them stays in the cache
+_TURN = Lock()  # one parameter at a time is on a GPU; others are read and written meanwhile
 
 
 @dataclass
@@ -46,13 +48,14 @@ class Change:
     """A tensor to be written: its form, what it is made of, and how.
 
     ``rows(start, stop)`` reads what these rows share and returns the function for blocks of them; a ``whole`` tensor
-    comes as one block.
+    comes as one block. One that is ``away`` (and whole) is changed on a GPU, when no other one is there.
     """
 
     plan: TensorPlan
     source: Leaf | None
     rows: Callable[[int, int], Block]
     whole: bool = False
+    away: bool = False
 
 
 class _Task(NamedTuple):
@@ -119,11 +122,25 @@ def _change(task: _Task, change: Change, offset: int, fd: int, path: Path) -> Fi
     block, total = change.rows(task.start, task.stop), []
     for start, stop in _blocks(task, plan, change.whole):
         source = change.source if change.whole or not plan.shape else _part(change.source, start, stop)
-        array, figures = block(source, start, stop)
+        array, figures = (_away if change.away else _here)(block, source, start, stop)
         assert dtype_name(array) == plan.dtype  # of the plan that was written into the header
         write_array(fd, array, offset + start * row, path)
         total.append(figures)
     return _sum(total)
+
+
+def _here(block: Block, source: Leaf | None, start: int, stop: int) -> tuple[Array, Figures]:
+    return block(source, start, stop)
+
+
+def _away(block: Block, source: Leaf | None, start: int, stop: int) -> tuple[Array, Figures]:
+    """Change a block on a GPU: it is read before its turn, and all of it is back in memory after it."""
+    if source is not None:
+        held = source.read()
+        source = Leaf(source.shape, source.dtype, lambda out: held)
+    with _TURN:
+        array, figures = block(source, start, stop)
+        return to_numpy(array), Figures(figures.sums, {key: to_numpy(v) for key, v in figures.vectors.items()})
 
 
 def _in_parts(source: Leaf | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from loratools.core.adapter import Adapter
@@ -15,7 +15,7 @@ from loratools.io.base import Base
 from loratools.kinds.dora import Dora, refitted
 from loratools.kinds.lowrank import LowRank, canonical, low_ranks, padded, restated, restates_exactly, with_low_ranks
 from loratools.linalg import factored
-from loratools.linalg.namespace import all_finite, dtype_name, is_float
+from loratools.linalg.namespace import all_finite, device_of, down_together, dtype_name, is_float, namespace, to_numpy
 from loratools.ops.ranks import Choose, Edge, Target, no_edge
 from loratools.ops.tally import Tally, squeeze_report
 from loratools.report import Report
@@ -193,7 +193,9 @@ def squeezed(
         found = [(i, ds) for i, ds in enumerate(map(low_ranks, updates)) if ds is not None]
         rules = [how.rule(names[i]) for i, ds in found for _ in ds]
         owners = [names[i] for i, ds in found for _ in ds]
-        results = iter(_truncate(owners, [d for _, ds in found for d in ds], rules, how))
+        directions = [d for _, ds in found for d in ds]
+        cuts, storable = from_device(_truncate(owners, directions, rules, how), directions, how)
+        results, ready = iter(cuts), iter(storable)
         for name, update in zip(names, updates, strict=True):
             if not rest_is_finite(update):
                 if not how.allow_nonfinite:
@@ -201,13 +203,13 @@ def squeezed(
                         "a stored tensor is not finite", parameter=name, hint="--allow-nonfinite carries it"
                     )
                 tally.nonfinite.append(name)
-        for i, directions in found:
-            cut = [result for result in islice(results, len(directions)) if result is not None]
+        for i, ds in found:
+            cut, made = ([x for x in islice(xs, len(ds)) if x is not None] for xs in (results, ready))
             try:
-                if len(cut) == len(directions):
-                    parts = [how.stored(names[i], d, result) for d, result in zip(directions, cut, strict=True)]
+                if len(cut) == len(ds):
+                    parts = [how.stored(names[i], d, result) for d, result in zip(ds, made, strict=True)]
                     out[i] = magnitudes.refitted(names[i], updates[i], with_low_ranks(updates[i], parts))
-                tally.squeezed(names[i], updates[i], directions, cut, out[i], how.weighing)
+                tally.squeezed(names[i], updates[i], ds, cut, out[i], how.weighing)
             except LoratoolsError as error:
                 raise error.at(parameter=names[i]) from error
         for i in set(range(len(out))) - {i for i, _ in found}:
@@ -216,6 +218,31 @@ def squeezed(
 
     done = adapter.map_groups(batch)
     return done, squeeze_report(tally, adapter, how.words, () if how.weighing is None else how.weighing.said)
+
+
+Cuts = Sequence[factored.Truncation | None]
+
+
+def from_device(cuts: Cuts, directions: Sequence[LowRank], how: How) -> tuple[Cuts, Cuts]:
+    """Return truncations with their spectra in ordinary memory, and the same with factors in their storage dtypes.
+
+    A GPU answers for all modules at once; asked module by module, it would take longer to answer than to compute.
+    Truncations on the CPU come back as they are, and so do factors that have to be scaled first or do not fit.
+    """
+    found = [r for r in cuts if r is not None]
+    if len(found) < len(cuts) or not found or device_of(found[0].b) == "cpu":
+        return cuts, cuts
+    ends = list(accumulate(r.singular_values.shape[0] for r in found))
+    spectra = to_numpy(namespace(found[0].b).concat([r.singular_values for r in found]))
+    pieces = (spectra[i:j] for i, j in pairwise([0, *ends]))
+    found = [r._replace(singular_values=s) for r, s in zip(found, pieces, strict=True)]
+    if how.keep_alpha:
+        return found, found
+    dtypes = [how.dtype or dtype_name(x) for d in directions for x in (d.b, d.a)]
+    stored = down_together([x for r in found for x in (r.b, r.a)], dtypes)
+    if stored is None:
+        return found, found
+    return found, [r._replace(b=b, a=a) for r, b, a in zip(found, stored[::2], stored[1::2], strict=True)]
 
 
 def rest_is_finite(update: Update) -> bool:

@@ -10,7 +10,7 @@ from loratools.core.adapter import Adapter
 from loratools.core.update import Update, nbytes
 from loratools.kinds.lowrank import LowRank, low_ranks
 from loratools.linalg.factored import Truncation, frobenius
-from loratools.linalg.namespace import dtype_name, namespace, up
+from loratools.linalg.namespace import dtype_name, namespace, placed_like, up
 from loratools.report import Report
 
 if TYPE_CHECKING:
@@ -134,8 +134,8 @@ def rounding(result: Truncation, written: LowRank) -> float:
     k = result.rank  # what was padded beyond it is zero
     db = up(written.b)[:, :k] * (sign * root) - result.b
     da = up(written.a)[:k, :] * root - result.a
-    s = up(result.singular_values[:k], "float64")
     columns = up((db * db).sum(axis=0), "float64") + up((da * da).sum(axis=1), "float64")
+    s = placed_like(result.singular_values[:k], columns)
     cross = up(db.T @ result.b, "float64") * up(da @ result.a.T, "float64").T
     return max(float((s * columns).sum() + 2.0 * cross.sum()), 0.0)
 

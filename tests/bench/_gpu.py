@@ -2,14 +2,70 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 Call = Callable[[], Any]
+ROOT = Path(__file__).parents[2]
+PREPARED = "LORATOOLS_BENCH_PREPARED"
+
+
+def prepare() -> None:
+    """Make a bare machine ready and start over: install this tree where it is not, and find what it may lack.
+
+    A machine may have torch and SciPy and no array-api-compat: SciPy and scikit-learn carry whole copies of it, of
+    which one is lent under its own name. Nothing is downloaded.
+    """
+    if os.environ.get(PREPARED):
+        return
+    again = {**os.environ, PREPARED: "1"}
+    if importlib.util.find_spec("loratools") is None:
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", str(ROOT)]
+        subprocess.run(pip, check=True)
+    if importlib.util.find_spec("array_api_compat") is None:
+        folder = Path(tempfile.mkdtemp(prefix="lent-"))
+        (folder / "array_api_compat").symlink_to(carried("array_api_compat"))
+        again["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+        print(f"array_api_compat is not installed: lending {carried('array_api_compat')}", file=sys.stderr)
+    elif importlib.util.find_spec("loratools") is not None:
+        return
+    os.execve(sys.executable, [sys.executable, *sys.argv], again)
+
+
+def carried(package: str) -> Path:
+    """Return the folder of a copy of ``package`` that an installed library carries."""
+    for place in ("sklearn.externals", "scipy._external", "scipy._lib"):
+        try:
+            found = importlib.util.find_spec(f"{place}.{package}")
+        except ModuleNotFoundError:
+            continue
+        if found is not None and found.origin is not None:
+            return Path(found.origin).parent
+    raise SystemExit(f"{package} is neither installed nor carried by SciPy or scikit-learn")
+
+
+class Clock:
+    """The time that a run may take."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.end = time.monotonic() + limit_s
+
+    @property
+    def left(self) -> float:
+        """Seconds left."""
+        return self.end - time.monotonic()
 
 
 class Machine:
@@ -19,6 +75,7 @@ class Machine:
         self.tiny = tiny
         self.gpu = torch.cuda.is_available() and not tiny
         self.device = torch.device("cuda" if self.gpu else "cpu")
+        self.copied: dict[int, float] = {}
         self.generator = torch.Generator(device=self.device).manual_seed(0)
 
     def describe(self) -> dict[str, Any]:
@@ -111,12 +168,18 @@ class Machine:
 
     def copy_rate(self, nbytes: int) -> float:
         """Return bytes per second (read and written) of a copy of so many bytes, timed the same way, L2 cold."""
+        if nbytes not in self.copied:
+            self.copied[nbytes] = self._copy_rate(nbytes)
+        return self.copied[nbytes]
+
+    def _copy_rate(self, nbytes: int) -> float:
         count = self.copies(2 * nbytes)
-        pairs = [[torch.zeros(nbytes, dtype=torch.uint8, device=self.device) for _ in range(2)] for _ in range(count)]
+        pairs = [[self.normal(-(-nbytes // 2)).view(torch.uint8)[:nbytes] for _ in range(2)] for _ in range(count)]
         return 2 * nbytes / self.seconds([lambda a=a, b=b: b.copy_(a) for a, b in pairs])
 
+    @cached_property
     def gemm_rate(self) -> float:
-        """Return flop per second that the library's bf16 product of 8192 x 8192 matrices really reaches."""
+        """Flop per second that the library's bf16 product of 8192 x 8192 matrices really reaches."""
         size = 64 if self.tiny else 8192
         x, y = self.normal(size, size), self.normal(size, size)
         return 2 * size**3 / self.seconds([lambda: x @ y])

@@ -1,7 +1,12 @@
 """GPU kernels: check, then time everything on the GPU there is, beside torch.linalg, torch.svd_lowrank and PEFT.
 
-    python tests/bench/gpu.py --out docs/bench/gpu.json
+    python tests/bench/gpu.py --out docs/bench/gpu.json           # ten minutes at most, on a machine as bare as it is
     TRITON_INTERPRET=1 python tests/bench/gpu.py --check-only     # every line on tiny shapes, no GPU, no times
+
+In this order: install this tree if it is not, rates of the machine, every kernel against float64, times with the table
+as it is, ``tests/kernels``, the table measured anew (``gpu_tune.py``, written beside ``--out`` as blocks.json), times
+with that one. The results are written after every figure: a run that is killed loses nothing, one that runs out of
+time says what it left out, and a part that fails is told in its place.
 
 Times are medians of graph replays over buffers that take turns, so that L2 is cold (``_gpu.py``); what talks to the
 host is timed by the wall. Floors: bytes over the rate of a copy, flops over the rate of the library's bf16 product.
@@ -11,9 +16,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
+import json
 import os
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +44,16 @@ def load(name: str) -> Any:
     return module
 
 
-bench, gpu, checks = load("_bench"), load("_gpu"), load("_gpu_checks")
+gpu = load("_gpu")
+if __name__ == "__main__":
+    gpu.prepare()
+bench, checks = load("_bench"), load("_gpu_checks")
 ms = gpu.milliseconds
+Figures = Iterator[tuple[str, Any]]
 
 import loratools as lt  # noqa: E402
 from loratools.core.adapter import Adapter  # noqa: E402
+from loratools.kernels import blocks  # noqa: E402
 from loratools.kernels.compose import composed  # noqa: E402
 from loratools.kernels.gram import grams  # noqa: E402
 from loratools.kernels.jacobi import svd  # noqa: E402
@@ -52,13 +68,15 @@ from loratools.linalg.factored import truncate_many  # noqa: E402
 from loratools.linalg.rsvd import Change, rsvd_many  # noqa: E402
 
 
-def norms(machine: Any) -> list[dict[str, Any]]:
+def norms(machine: Any) -> Figures:
     """DoRA row norms and the compose step, beside the dense product and PEFT's own way."""
     shapes = (
         [(48, 40, 5)] if machine.tiny else [(8192, 8192, 384), (4096, 4096, 64), (8192, 28672, 384), (4096, 4096, 16)]
     )
-    gemm = machine.gemm_rate()
-    return [_norm(machine, gemm, *shape, dtype) for shape in shapes for dtype in (torch.bfloat16, torch.float32)]
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in shapes:
+            name = f"{' x '.join(map(str, shape))}, {str(dtype).removeprefix('torch.')}"
+            yield name, _norm(machine, machine.gemm_rate, *shape, dtype)
 
 
 def _norm(machine: Any, gemm: float, m: int, n: int, rank: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -96,20 +114,30 @@ def _norm(machine: Any, gemm: float, m: int, n: int, rank: int, dtype: torch.dty
         "gemm_tflop_s": round(gemm / 1e12, 1), "floor_ms": ms(floor), "share_of_floor": round(floor / took, 3),
         "compose_ms": ms(change), "compose_share_of_copy": round((nbytes + 4 * m * n) / change / copy, 3),
         "relative_error": error, "extra_bytes": machine.extra_bytes(lambda: direct(w, b, a, 0.5)),
-        "others_ms": {name: ms(value) for name, value in others.items()},
+        "others_ms": {name: ms(value) for name, value in others.items()}, "peft": PEFT,
     }  # fmt: skip
+
+
+try:
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    weight_norm, PEFT = DoraLinearLayer(fan_in_fan_out=False).get_weight_norm, "its own code"
+except Exception:  # not installed, or not this version of it
+
+    def weight_norm(w: torch.Tensor, product: torch.Tensor, scaling: float) -> torch.Tensor:
+        return torch.linalg.norm(w + scaling * product, dim=1).to(w.dtype)
+
+    PEFT = "its formula, written here: PEFT is not installed"
 
 
 def peft_norm(w: torch.Tensor, b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """Return PEFT's norm as its forward pass makes it: the product of an identity with both factors, then the norm."""
-    from peft.tuners.lora.dora import DoraLinearLayer
-
     eye = torch.eye(a.shape[1], device=a.device, dtype=a.dtype)
     product = torch.nn.functional.linear(torch.nn.functional.linear(eye, a), b).T
-    return DoraLinearLayer(fan_in_fan_out=False).get_weight_norm(w, product, 0.5)
+    return weight_norm(w, product, 0.5)
 
 
-def truncation(machine: Any) -> dict[str, Any]:
+def truncation(machine: Any) -> Figures:
     """A whole adapter of 7B shapes, r = 64 -> 8, its tensors on the device: launches, and beside torch.linalg."""
     layers, shapes = (1, {"q": (24, 20), "d": (16, 28)}) if machine.tiny else bench.SHAPES["7b"]
     rank, kept = (6, 2) if machine.tiny else (64, 8)
@@ -140,7 +168,7 @@ def truncation(machine: Any) -> dict[str, Any]:
         "thin": (machine.wall(lambda: thin(bs + as_, cores, [kept] * len(cores), wide=flags)), nbytes),
     }
     adapter = Adapter({name: LowRank(b, a, 2.0) for name, (b, a) in made.items()})
-    return {
+    yield "7b, 64 to 8", {
         "modules": len(pairs), "rank": [rank, kept], "bytes": nbytes, "routes": sorted({x.route for x in found}),
         "truncate_many_ms": ms(took), "squeeze_ms": ms(machine.wall(lambda: lt.squeeze(adapter, rank=kept), repeats=2)),
         "looped_qr_svd_ms": ms(looped), "batched_qr_svd_ms": ms(batched),
@@ -174,14 +202,13 @@ def by_qr(pairs: list[tuple[torch.Tensor, torch.Tensor]], kept: int) -> list[tup
     return out
 
 
-def sketches(machine: Any) -> list[dict[str, Any]]:
+def sketches(machine: Any) -> Figures:
     """Batched randomised SVD of plain matrices and of differences, beside loops and batches of torch.svd_lowrank."""
     count, size, k = (2, 40, 3) if machine.tiny else (32, 4096, 16)
     over, power = (2, 1) if machine.tiny else (10, 2)
-    found = [_sketched(machine, count, size, k, over, power, minus=minus) for minus in (False, True)]
-    for row in found:
-        row["matrices"] = [count, size, size, k, over, power]
-    return found
+    for minus in (False, True):
+        row = _sketched(machine, count, size, k, over, power, minus=minus)
+        yield "differences" if minus else "matrices", {**row, "matrices": [count, size, size, k, over, power]}
 
 
 def _sketched(machine: Any, count: int, size: int, k: int, over: int, power: int, *, minus: bool) -> dict[str, Any]:
@@ -212,6 +239,10 @@ def _sketched(machine: Any, count: int, size: int, k: int, over: int, power: int
     copy = machine.copy_rate(min(nbytes, 1 << 30) // 2)
     phases = {
         "sketch": machine.seconds([lambda: batch.sketch(keys, width)], graph=False),
+        **{
+            name: machine.seconds([lambda s=s: batch.sketch(keys, width, blocks=s)], graph=False)
+            for name, s in _both_ways(batch).items()
+        },
         "times": machine.seconds([lambda: batch.times(x)], graph=False),
         "turned": machine.seconds([lambda: batch.turned_times(x)], graph=False),
         "orthonormal": machine.seconds([lambda: orthonormal(x)], graph=False),
@@ -230,6 +261,11 @@ def _sketched(machine: Any, count: int, size: int, k: int, over: int, power: int
     }  # fmt: skip
 
 
+def _both_ways(batch: Matrices) -> dict[str, Any]:
+    """Return the table's blocks of a sketch, with signs made in the tile and with signs read."""
+    return {f"sketch, signs {name}": {**batch.blocks("sketch"), "fused": i} for i, name in enumerate(("read", "made"))}
+
+
 def _errors(wide: list[torch.Tensor], found: list[Any], k: int) -> list[float]:
     """Relative Frobenius errors of rank k, in fp64, of the first two matrices."""
     pairs = zip(wide[:2], found[:2], strict=True)
@@ -237,13 +273,82 @@ def _errors(wide: list[torch.Tensor], found: list[Any], k: int) -> list[float]:
     return [float(torch.linalg.matrix_norm(d - e) / torch.linalg.matrix_norm(d)) for d, e in rest]
 
 
-SECTIONS: dict[str, Callable[[Any], Any]] = {"norms": norms, "truncation": truncation, "rsvd": sketches}
+SECTIONS: dict[str, Callable[[Any], Figures]] = {"norms": norms, "truncation": truncation, "rsvd": sketches}
+
+
+class Run:
+    """What was found so far, in a file after every figure, and the time that is left."""
+
+    def __init__(self, machine: Any, clock: Any, out: Path | None) -> None:
+        self.machine, self.clock, self.out, self.failed = machine, clock, out, False
+        self.found: dict[str, Any] = {"gpu": machine.describe(), "measured": machine.gpu, "left_out": []}
+
+    def write(self) -> None:
+        """Write everything found so far."""
+        if self.out is not None:
+            with redirect_stdout(io.StringIO()):
+                bench.write("gpu", self.found, self.out)
+
+    def part(self, name: str, figures: Callable[[], Figures], *, needs_s: float = 20.0) -> None:
+        """Run a part figure by figure while there is time; what fails is told and the next part begins."""
+        rows: dict[str, Any] = {}
+        self.found[name] = rows
+        try:
+            if self.clock.left < needs_s:
+                self.leave_out(name)
+                return
+            for key, row in figures():
+                rows[key] = row
+                print(f"{self.clock.left:.0f} s left; {name}, {key}: {json.dumps(row)[:600]}", flush=True)
+                self.write()
+                if self.clock.left < needs_s:
+                    self.leave_out(f"{name} after {key}")
+                    return
+        except (Exception, SystemExit) as error:
+            self.failed = True
+            rows["failed"] = f"{type(error).__name__}: {error}"[:2000]
+            traceback.print_exc()
+        finally:
+            self.write()
+
+    def leave_out(self, what: str) -> None:
+        """Say what there was no time for."""
+        self.found["left_out"].append(what)
+        print(f"no time left: {what}", flush=True)
+
+
+def tested(run: Run) -> Figures:
+    """The kernels' own tests, compiled for this GPU, in all processes that pytest-xdist gives where it is installed."""
+    many = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    argv = [sys.executable, "-m", "pytest", "-q", "-x", *many, str(bench.ROOT / "tests" / "kernels")]
+    env = {k: v for k, v in os.environ.items() if k != "LORATOOLS_KERNELS"}
+    with tempfile.TemporaryDirectory() as elsewhere:  # the root of the tree stays off the path
+        argv += ["-c", str(bench.ROOT / "pyproject.toml"), "--rootdir", str(bench.ROOT)]
+        limit = max(10.0, min(180.0, run.clock.left - 60))
+        done = subprocess.run(argv, capture_output=True, text=True, env=env, cwd=elsewhere, timeout=limit, check=False)
+    yield "pytest tests/kernels", {"passed": done.returncode == 0, "said": done.stdout.strip()[-1500:]}
+
+
+def tuned(run: Run, table: Path) -> Figures:
+    """The table of block sizes, measured on this machine and used from here on."""
+    limit = max(20.0, run.clock.left - 120)
+    argv = [sys.executable, str(Path(__file__).with_name("gpu_tune.py")), "--out", str(table), "--limit", str(limit)]
+    argv += ["--dry-run"] if run.machine.tiny else []
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=limit + 60, check=False)
+    sys.stderr.write(done.stderr[-2000:])
+    if done.returncode:
+        raise RuntimeError(f"gpu_tune.py: {done.stderr[-500:]}")
+    if not run.machine.tiny:
+        blocks.FILE = table
+        blocks.table.cache_clear()
+    yield "blocks", {"said": done.stdout.splitlines(), "table": json.loads(blocks.FILE.read_text())}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", choices=list(SECTIONS))
+    parser.add_argument("--only", choices=[*SECTIONS, "tests", "tune"])
+    parser.add_argument("--limit", type=float, default=560.0, help="seconds that the run may take")
     parser.add_argument(
         "--check-only", action="store_true", help="tiny shapes under the interpreter; times mean nothing"
     )
@@ -252,9 +357,30 @@ def main() -> None:
         raise SystemExit("no GPU: run with --check-only")
     os.environ["LORATOOLS_KERNELS"] = "force"
     machine = gpu.Machine(tiny=args.check_only)
-    found: dict[str, Any] = {"gpu": machine.describe(), "measured": machine.gpu, "checks": checks.run(machine.device)}
-    found |= {name: section(machine) for name, section in SECTIONS.items() if args.only in (None, name)}
-    bench.write("gpu", found, None if args.check_only else args.out)
+    run = Run(machine, gpu.Clock(args.limit), args.out)
+    run.part("rates", lambda: rates(machine))
+    run.part("checks", lambda: iter([("worst error over its bound", checks.run(machine.device))]))
+    for name, section in SECTIONS.items():
+        if args.only in (None, name):
+            run.part(name, lambda section=section: section(machine))
+    if args.only in (None, "tests") and not args.check_only:
+        run.part("tests", lambda: tested(run), needs_s=90)
+    if args.only in (None, "tune"):
+        table = (args.out or Path(tempfile.mkdtemp()) / "gpu.json").with_name("blocks.json")
+        run.part("tune", lambda: tuned(run, table), needs_s=150 if machine.gpu else 0)
+        for name, section in SECTIONS.items() if machine.gpu and "blocks" in run.found["tune"] else ():
+            run.part(f"{name}, tuned", lambda section=section: section(machine))
+    if args.check_only:
+        print(json.dumps(run.found)[-2000:])
+    if run.failed:
+        raise SystemExit("a part failed: see above")
+
+
+def rates(machine: Any) -> Figures:
+    """What this machine reaches without us: a copy, and the library's bf16 product."""
+    size = 1 << 10 if machine.tiny else 1 << 30
+    yield "copy", {"gb_s": round(machine.copy_rate(size) / 1e9, 1), "bytes": size}
+    yield "bf16 product, 8192", {"tflop_s": round(machine.gemm_rate / 1e12, 1)}
 
 
 if __name__ == "__main__":

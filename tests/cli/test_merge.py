@@ -49,7 +49,6 @@ def test_a_gate_that_fails_leaves_nothing(run: Callable[..., Any], digits: Path,
     [
         (["--weights", "1,2"], "one number per IN"),
         (["--weights", "x"], "does not parse"),
-        (["--device", "cuda"], "runs on the CPU"),
         (["--fail-on", "x"], "does not parse"),
     ],
 )
@@ -57,6 +56,18 @@ def test_wrong_options(words: list[str], told: str, run: Callable[..., Any], dig
     done = run("merge", digits / "base", digits / "r4", "-o", tmp_path / "m", *words)
     assert (done.code, done.out) == (2, "")
     assert told in done.err
+
+
+def test_a_gpu_that_is_not_there_is_an_error_before_any_work(
+    run: Callable[..., Any], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = run("merge", digits / "base", digits / "r4", "-o", tmp_path / "m", "--device", "cuda")
+    assert (done.code, done.out) == (2, "")
+    assert "torch sees no CUDA device" in done.err
+    assert not list(tmp_path.iterdir())
+    assert run("merge", digits / "base", digits / "r4", "-o", tmp_path / "m", "--device", "auto").code == 0
 
 
 def test_quantised_and_gguf_bases(run: Callable[..., Any], digits: Path, tmp_path: Path) -> None:

@@ -38,13 +38,23 @@ def variants() -> Iterator[Variant]:
 
 def norm_variants() -> Iterator[Variant]:
     sizes = ints("m n rank w_row b_row a_row")
-    for f, rank in (("bf16", 64), ("bf16", 384), ("fp16", 64), ("fp32", 64)):
-        s = pick("row_norms", itemsize=SIZES[f], rank=rank, n=4096)
-        types = {"w": f"*{f}", "b": f"*{f}", "a": f"*{f}", "partial": "*fp64", "scale": "fp32", **sizes}
-        yield f"row_norms {f} {rank}", row_norms._squares, types, *sized(s, EVEN=f != "fp16")
+    for f, rank in (("bf16", 64), ("bf16", 384), ("fp16", 64), ("fp32", 48), ("fp32", 384)):
+        s, factor = pick("row_norms", itemsize=SIZES[f], rank=rank), "bf16" if f == "fp32" else f
+        types = {"w": f"*{f}", "b": f"*{factor}", "a": f"*{factor}", "partial": "*fp64", "scale": "fp32", **sizes}
+        more = {"EVEN": f != "fp16" and rank % s["BK"] == 0, "ONCE": rank <= s["BK"]}
+        yield f"row_norms {f} {rank}", row_norms._squares, types, *sized(s, **more)
     yield "finish", row_norms._finish, {"partial": "*fp64", "out": "*fp32", "m": "i32"}, {"SPLITS": 8, "BM": 256}, {}
     for f in TYPES:
-        types = {"w": f"*{f}", "b": f"*{f}", "a": f"*{f}", "gain": "*fp32", "out": "*fp32", "scale": "fp32", **sizes}
+        factor = "bf16" if f == "fp32" else f
+        types = {
+            "w": f"*{f}",
+            "b": f"*{factor}",
+            "a": f"*{factor}",
+            "gain": "*fp32",
+            "out": "*fp32",
+            "scale": "fp32",
+            **sizes,
+        }
         yield f"compose {f}", compose._compose, types, *sized(pick("compose", itemsize=SIZES[f]), EVEN=f != "fp16")
     for f in ("bf16", "fp32"):
         s = pick("row_norms_shared", itemsize=SIZES[f], rank=128)
@@ -132,10 +142,22 @@ def resources(ptx: str) -> dict[str, int]:
     return {key: max(map(int, re.findall(pattern, said)), default=0) for key, pattern in patterns.items()}
 
 
+def of_ones(variant: Variant) -> Variant:
+    """Return the variant for sizes and strides of 1, of which Triton makes constants, not tensors."""
+    name, kernel, types, constants, launch = variant
+    sizes = [argument for argument, type in types.items() if type == "i32"]
+    rest = {argument: type for argument, type in types.items() if type != "i32"}
+    return name, kernel, rest, {**constants, **dict.fromkeys(sizes, 1)}, launch
+
+
 def main() -> None:
-    """Compile the variants whose name holds one of the arguments (all if none), and print what came out."""
-    wanted = sys.argv[1:]
+    """Compile the variants whose name holds one of the arguments (all if none), and print what came out.
+
+    ``--ones``: for sizes and strides of 1.
+    """
+    wanted = [w for w in sys.argv[1:] if w != "--ones"]
     chosen = [v for v in variants() if not wanted or any(w in v[0] for w in wanted)]
+    chosen = [of_ones(v) for v in chosen] if "--ones" in sys.argv else chosen
     print(json.dumps({name: compiled(*rest) for name, *rest in chosen}, indent=1))
 
 

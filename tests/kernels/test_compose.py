@@ -15,7 +15,8 @@ def bound(w, b, a, gain, scale):
     """What loratools.kernels.compose derives, entry by entry."""
     g = gain.double()[:, None]
     product = b.double().abs() @ a.double().abs()
-    each = b.shape[1] if b.dtype != a.dtype or b.dtype == FP32 else max(b.shape[1] / 8, 2)
+    spelled = b.dtype != a.dtype or b.dtype == FP32
+    each = max(b.shape[1] / (7 if spelled else 8), 12 if spelled else 2)
     return 3 * UNIT * (g - 1).abs() * w.double().abs() + (each + 3) * UNIT * (g * scale).abs() * product
 
 

@@ -9,7 +9,7 @@ from loratools.kernels.row_norms import direct, direct_reference, in_range
 from loratools.kernels.row_norms_shared import shared, shared_reference, shared_terms
 from loratools.linalg.row_norms import row_norms_many
 
-SMALL = {"BM": 16, "BN": 32, "BK": 16, "SPLITS": 3, "warps": 4, "stages": 2}
+SMALL = {"BM": 16, "BN": 32, "BK": 16, "SPLITS": 3, "EARLY": 1, "warps": 4, "stages": 2}
 WIDE = {"BM": 16, "BR": 16, "BK": 32, "warps": 4, "stages": 2}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 UNIT = 2.0**-24
@@ -28,15 +28,16 @@ def bound(w, b, a, scale, columns=128):
     """What loratools.kernels.row_norms derives, per row."""
     norm = direct_reference(w, b, a, scale).sqrt()
     spread = torch.linalg.vector_norm(b.double().abs() @ a.double().abs(), dim=1)
-    each = b.shape[1] if b.dtype != a.dtype or b.dtype == FP32 else max(b.shape[1] / 8, 2)
+    spelled = b.dtype != a.dtype or b.dtype == FP32
+    each = max(b.shape[1] / (7 if spelled else 8), 12 if spelled else 2)  # a last tile of 16 is begun for every term
     return (4 + torch.log2(torch.tensor(columns)) / 2) * UNIT * norm + (each + 1) * UNIT * abs(scale) * spread
 
 
 @pytest.mark.parametrize(("m", "n", "rank", "dtype", "factors"), GRID)
-@pytest.mark.parametrize("scale", [0.5, -2.0])
-def test_direct_equals_float64_within_the_bound(random, m, n, rank, dtype, factors, scale):
+@pytest.mark.parametrize(("scale", "early"), [(0.5, 1), (-2.0, 0)])
+def test_direct_equals_float64_within_the_bound(random, m, n, rank, dtype, factors, scale, early):
     w, b, a = random(m, n, dtype), random(m, rank, factors, 1, 0.2), random(rank, n, factors, 2, 0.2)
-    got = direct(w, b, a, scale, blocks=SMALL)
+    got = direct(w, b, a, scale, blocks={**SMALL, "EARLY": early})
     want = direct_reference(w, b, a, scale).sqrt()
     assert got.dtype == FP32
     assert bool(((got.double() - want).abs() <= bound(w, b, a, scale, SMALL["BN"])).all())
@@ -74,9 +75,17 @@ def test_the_same_bits_every_time_and_whatever_the_number_of_splits_within_fp64(
     first = direct(w, b, a, 0.5, blocks=SMALL)
     assert torch.equal(first, direct(w, b, a, 0.5, blocks=SMALL))
     assert torch.allclose(first, direct(w, b, a, 0.5, blocks={**SMALL, "SPLITS": 1}), rtol=2e-7)
+    assert torch.equal(first, direct(w, b, a, 0.5, blocks={**SMALL, "EARLY": 0}))
 
 
-@pytest.mark.parametrize(("dtype", "factors"), [(BF16, BF16), (FP16, FP32), (FP32, FP32)])
+def test_fp32_factors_at_large_ranks_are_as_good_as_16_bit_ones(random):
+    w, b, a = random(40, 70, BF16), random(40, 384, FP32, 1, 0.05), random(384, 70, FP32, 2)
+    want = direct_reference(w, b, a, 0.5).sqrt()
+    assert bool(((direct(w, b, a, 0.5).double() - want).abs() <= bound(w, b, a, 0.5, 256)).all())
+    assert float(((direct(w, b, a, 0.5).double() - want) / want).abs().max()) < 2e-6
+
+
+@pytest.mark.parametrize(("dtype", "factors"), [(BF16, BF16), (BF16, FP32), (FP16, FP32), (FP32, FP32)])
 def test_shared_form_reads_one_base_for_all(random, dtype, factors):
     w, ranks = random(19, 70, dtype), (1, 5, 17)
     bs = [random(19, r, factors, r, 0.2) for r in ranks]

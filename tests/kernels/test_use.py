@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,16 +14,22 @@ from safetensors.torch import load_file, save_file
 
 import loratools as lt
 from loratools import dispatch
+from loratools.cli import _session
+from loratools.cli import main as cli
+from loratools.core import adapter as core
 from loratools.core.adapter import Adapter
+from loratools.core.update import tensors
 from loratools.kernels import row_norms_many
 from loratools.kinds.dora import Dora
 from loratools.kinds.lowrank import LowRank
+from loratools.kinds.replace import Replace
 from loratools.linalg import namespace
-from loratools.ops import placing
+from loratools.ops import fp8, merge_blocks, rewrite
 from loratools.ops.fold import fold
 from loratools.ops.types.dora import to_dora
 from loratools.ops.types.lora import to_lora
 
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 BF16, FP32 = torch.bfloat16, torch.float32
 NAMES = ("layers.0.q_proj.weight", "layers.1.q_proj.weight")
 
@@ -91,18 +99,91 @@ def test_merging_folds_through_the_kernels(random, model, seen, off):
     assert set(seen) == {"fused_row_norms", "fused_compose"}
 
 
-def test_a_model_on_disk_is_merged_where_the_adapter_is(random, model, seen, off, monkeypatch, tmp_path):
+def test_a_model_on_disk_is_merged_where_the_adapter_is(random, model, seen, off, tmp_path):
     adapter, base = model
     one = Adapter({NAMES[0]: dora(random, adapter[NAMES[0]])})
     save_file({name: w.to(BF16).cpu() for name, w in base.items()}, tmp_path / "model.safetensors")
-    if base[NAMES[0]].device.type == "cpu":  # the interpreter's device is no GPU: bring blocks into torch all the same
-        monkeypatch.setattr(placing, "device_of", lambda x: "here")
-        monkeypatch.setattr(placing, "to_device", lambda x, device: namespace._to_torch(x.read()))
     lt.merge(tmp_path / "model.safetensors", [one], tmp_path / "on")
     assert {"fused_row_norms", "fused_compose"} == set(seen)
     off(lt.merge, tmp_path / "model.safetensors", [one], tmp_path / "off")
-    made, true = (load_file(next((tmp_path / way).rglob("*.safetensors")))[NAMES[0]].float() for way in ("on", "off"))
+    made, true = (merged(tmp_path / way)[NAMES[0]].float() for way in ("on", "off"))
     assert torch.allclose(made, true, rtol=2**-7)  # at most the last bit of bf16
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """``--device cuda`` is where kernels run: under the interpreter torch's own memory. Counts parameters on it."""
+    there: list[int] = []
+    if DEVICE == "cpu":
+        monkeypatch.setattr(_session, "_device", lambda asked: "cuda" if asked == "cuda" else "cpu")
+        monkeypatch.setattr(core, "to_device", lambda x, device: namespace.placed_like(x, torch.ones(1)))
+        for module in (merge_blocks, fp8):
+            monkeypatch.setattr(module, "is_away", lambda u: isinstance(next(iter(tensors(u)))[1], torch.Tensor))
+    held = rewrite._TURN
+
+    class Turn:
+        def __enter__(self) -> None:
+            held.__enter__()
+            there.append(there[-1] + 1 if there else 1)
+
+        def __exit__(self, *raised: Any) -> None:
+            there.append(there[-1] - 1)
+            held.__exit__(*raised)
+
+    monkeypatch.setattr(rewrite, "_TURN", Turn())
+    return there
+
+
+def merged(folder: Path) -> dict[str, Any]:
+    return load_file(next(folder.rglob("*.safetensors")))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_merge_on_a_device_is_the_merge_of_the_cpu_one_parameter_at_a_time(
+    random, model, force, monkeypatch, cuda, tmp_path, rounding
+):
+    adapter, base = model
+    mixed = {NAMES[0]: dora(random, adapter[NAMES[0]]), NAMES[1]: adapter[NAMES[1]], "head": Replace(torch.ones(3, 4))}
+    lt.save(Adapter(mixed).to("cpu"), tmp_path / "in.safetensors", format="native")
+    stored = {name: w.to(BF16).cpu().contiguous() for name, w in base.items()}
+    save_file({**stored, "other": torch.ones(5)}, tmp_path / "model.safetensors")
+    words = ["merge", tmp_path / "model.safetensors", tmp_path / "in.safetensors", "--rounding", rounding]
+    undo = ["--undo", tmp_path / "undo"]
+    assert cli._code([*map(str, words), "--device", "cuda", "-o", str(tmp_path / "on"), *map(str, undo)]) == 0
+    assert cuda == [1, 0] * 3  # the head as well
+    monkeypatch.setenv("LORATOOLS_KERNELS", "off")
+    assert cli._code([*map(str, words), "-o", str(tmp_path / "off")]) == 0
+    on, true = merged(tmp_path / "on"), merged(tmp_path / "off")
+    assert on.keys() == true.keys() == {*NAMES, "other", "head"}
+    for name, w in true.items():
+        assert on[name].dtype == w.dtype
+        assert torch.allclose(on[name].float(), w.float(), rtol=2**-7)
+    gain, true_gain = (
+        load_file(tmp_path / "undo")[f"{NAMES[0]}\ngain"],
+        mixed[NAMES[0]].gain(base[NAMES[0]].to(BF16).float()),
+    )
+    assert torch.allclose(gain.double(), true_gain.cpu().double(), rtol=3e-6)
+
+
+def test_a_magnitude_on_columns_and_fp8_codes_are_merged_on_a_device_too(random, model, cuda, monkeypatch, tmp_path):
+    adapter, _ = model
+    u = adapter[NAMES[0]]
+    columns = Dora(u, random(u.shape[1], 1, FP32, 4)[:, 0].abs() + 4, axis=1)
+    save_file({NAMES[0]: random(*u.shape, FP32, 3).cpu().contiguous()}, tmp_path / "model.safetensors")
+    lt.save(Adapter({NAMES[0]: columns}).to("cpu"), tmp_path / "in.safetensors", format="native")
+    words = ["merge", str(tmp_path / "model.safetensors"), str(tmp_path / "in.safetensors")]
+    codes = {NAMES[0]: random(*u.shape, FP32, 3).cpu().to(torch.float8_e4m3fn).contiguous()}
+    (tmp_path / "fp8").mkdir()
+    save_file({**codes, f"{NAMES[0]}_scale_inv": torch.ones(1)}, tmp_path / "fp8" / "model.safetensors")
+    (tmp_path / "fp8" / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    lt.save(Adapter({NAMES[0]: u}).to("cpu"), tmp_path / "plain.safetensors", format="native")
+    coded = ["merge", str(tmp_path / "fp8"), str(tmp_path / "plain.safetensors"), "--requantise"]
+    for each, place in ((words, "columns"), (coded, "codes")):
+        assert cli._code([*each, "--device", "cuda", "-o", str(tmp_path / f"{place}-on")]) == 0
+        assert cli._code([*each, "-o", str(tmp_path / f"{place}-off")]) == 0
+        on, true = merged(tmp_path / f"{place}-on"), merged(tmp_path / f"{place}-off")
+        assert torch.allclose(on[NAMES[0]].float(), true[NAMES[0]].float(), rtol=1e-5, atol=1e-6)
+    assert cuda == [1, 0] * 3  # the codes, and their scale
 
 
 def test_lora_to_dora_and_back(model, seen, off):
