@@ -20,7 +20,7 @@ _EXPORTS = {
     "fuse_sparse": "loratools.ops.fuse_sparse",
     "sparse_interference": "loratools.ops.sparse_interference",
     "switch": "loratools.ops.switch",
-    "Switchboard": "loratools.ops.switch",
+    "Switchboard": "loratools.ops.switchboard",
     "quantize": "loratools.ops.quantise",
     "dequantize": "loratools.ops.quantise",
     "shira": "loratools.ops.sparsify",
