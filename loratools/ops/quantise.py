@@ -14,6 +14,7 @@ from loratools.errors import LoratoolsError, UsageError
 from loratools.files import BaseLike, open_base, written_size
 from loratools.io.stats import StatsLike
 from loratools.kinds.binary import Binary, binary
+from loratools.kinds.coded import Coded
 from loratools.kinds.lowrank import LowRank, low_rank, stored_as, with_low_rank
 from loratools.kinds.packed import Packed, empty, packed, packed_sizes, payload_bytes, runs_of
 from loratools.linalg import factored
@@ -374,8 +375,8 @@ def _plain(u: Update, dtype: str) -> Update:
         low = low_rank(_plain(inner, dtype))
         assert low is not None  # what was packed has factors
         return with_low_rank(u, low)
-    assert isinstance(u, Packed | Binary)
-    low = u.unpacked(dtype) if isinstance(u, Packed) else u.unpacked()
+    assert isinstance(u, Coded)
+    low = u.unpacked(dtype)
     b, a = (t.read() if isinstance(t, Leaf) else t for t in (low.b, low.a))
     return LowRank(stored_as(b, dtype), stored_as(a, dtype), low.scale, low.shape)
 
@@ -387,4 +388,4 @@ def _inner(u: Update) -> Update | None:
 
 def _is_packed(u: Update) -> bool:
     inner = _inner(u)
-    return isinstance(u, Packed | Binary) or (inner is not None and _is_packed(inner))
+    return isinstance(u, Coded) or (inner is not None and _is_packed(inner))

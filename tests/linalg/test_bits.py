@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from loratools.errors import FormatError
-from loratools.linalg.bits import pack, row_bytes, unpack, unpack_levels
-from loratools.linalg.levels import EVEN_BOOK, GAUSS, GAUSS_BOOK, decoded, is_even, levels, nearest, snapped
+from loratools.linalg.bits import pack, row_bytes, unpack
+from loratools.linalg.levels import EVEN_BOOK, GAUSS_BOOK, is_even, levels, nearest, snapped
+from loratools.linalg.lloyd_max import GAUSS
 from loratools.linalg.namespace import to_numpy, unpack_bits
 
 Library = Callable[[Any], Any]
@@ -25,9 +26,6 @@ def test_round_trip_and_reference(bits: int, count: int, library: Library) -> No
     assert np.array_equal(to_numpy(unpack(library(packed), bits, count)), codes)
     for row, want in zip(packed, codes, strict=True) if bits <= 8 else ():
         assert np.array_equal(unpack_bits(row, bits, count), want)
-    for book in (GAUSS_BOOK, EVEN_BOOK):
-        got = to_numpy(unpack_levels(library(packed), bits, count, book))
-        assert np.array_equal(got, to_numpy(decoded(library(codes), bits, book)))
 
 
 def test_other_lengths_are_refused() -> None:
