@@ -83,7 +83,8 @@ def command(
     from loratools.cli import _session
     from loratools.cli._names import placed, written_as
     from loratools.errors import UsageError
-    from loratools.ops.quantise import Budget, quantize
+    from loratools.ops.quantise import quantize
+    from loratools.ops.quantise_budget import Budget
 
     gate = gates.parse(fail_on)
     if dtype is not None:

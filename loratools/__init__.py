@@ -22,7 +22,7 @@ _EXPORTS = {
     "switch": "loratools.ops.switch",
     "Switchboard": "loratools.ops.switchboard",
     "quantize": "loratools.ops.quantise",
-    "dequantize": "loratools.ops.quantise",
+    "dequantize": "loratools.ops.dequantise",
     "shira": "loratools.ops.sparsify",
     "resize": "loratools.ops.resize",
     "slice": "loratools.ops.slice",

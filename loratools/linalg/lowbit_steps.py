@@ -10,8 +10,8 @@ from loratools.linalg.lowbit_state import How, Problem, State, assessed, gram_ma
 from loratools.linalg.namespace import device_of, namespace, up
 from loratools.linalg.scales import TINY, grouped, groups, spread, stored
 
-BLOCK = 8  # components whose corrections are made one by one between two matrix products
-TILE = 2048  # rows worked on at once, so that they stay in the cache
+BLOCK = 16  # components whose corrections are made one by one between two matrix products
+TILE = 1 << 14  # columns worked on at once: fewer, and threads wait for each other between the calls
 
 
 def begun(problem: Problem, how: How) -> State:

@@ -15,7 +15,7 @@ from loratools.linalg.levels import HALF, decoded, levels
 from loratools.linalg.namespace import cast, device_of, down, namespace, up
 from loratools.linalg.scales import spread
 
-BLOCK = 1 << 16  # values worked on at once
+BLOCK = 1 << 18  # values worked on at once: fewer, and threads wait for each other between the calls
 FEW = 4  # a table pays where it has at most a quarter of the entries that look there
 
 Rule = Callable[[Array, Array], Array]  # packed rows, their scales -> values
@@ -66,17 +66,20 @@ def _rule(like: Array, bits: int, count: int, group: int, book: int, dtype: str)
 def _signed(like: Array, count: int, group: int, dtype: str) -> Rule:
     """One bit: the scale, rounded to the dtype, with its sign turned where the bit is 0."""
     xp = namespace(like)
-    kept = byte_codes(1, like) > 0
+    zero = _as_int(down(xp.zeros((1, 1), dtype=xp.float32, device=device_of(like)), dtype))
+    turned = xp.where(byte_codes(1, like) > 0, zero, zero + xp.iinfo(zero.dtype).min)
 
     def rule(packed: Array, scale: Array) -> Array:
         size = down(scale, dtype)
-        whole = size.view(getattr(xp, f"int{8 * size.dtype.itemsize}"))
-        flip = xp.where(kept, xp.zeros_like(kept, dtype=whole.dtype), xp.iinfo(whole.dtype).min)
-        sign = xp.take(xp.astype(flip, whole.dtype), cast(packed.reshape(-1), "int64"), axis=0)
-        sign = sign.reshape(packed.shape[0], -1)[:, :count]
-        return (sign ^ spread(whole, count, group)).view(size.dtype)
+        sign = xp.take(turned, cast(packed.reshape(-1), "int64"), axis=0).reshape(packed.shape[0], -1)
+        return (sign[:, :count] ^ spread(_as_int(size), count, group)).view(size.dtype)
 
     return rule
+
+
+def _as_int(x: Array) -> Array:
+    """Return a view of floats as signed integers of their width."""
+    return x.view(getattr(namespace(x), f"int{8 * x.dtype.itemsize}"))
 
 
 def _by_byte(table: Array, bits: int, count: int, dtype: str) -> Rule:
