@@ -82,7 +82,7 @@ def _improved(values: Array, scales: Array, target: Array, gram: Array, how: How
         for i in range(how.half, k, BLOCK):
             _improve_block(now, target[i : i + BLOCK, part], scale, gram, diagonal, i, how)
         done.append(now)
-    return xp.concat(done, axis=1)
+    return done[0] if len(done) == 1 else xp.concat(done, axis=1)
 
 
 def _improve_block(

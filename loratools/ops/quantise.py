@@ -8,6 +8,7 @@ from math import inf
 from typing import Any, NamedTuple
 
 from loratools.core.adapter import Adapter
+from loratools.core.pool import keep_freed_memory
 from loratools.core.update import Array, namespace
 from loratools.errors import UsageError
 from loratools.files import BaseLike, open_base
@@ -51,6 +52,7 @@ def quantize(
     an impossible budget, NumericsError naming the parameter for values that are not finite.
     """
     budget = Budget(bits, avg_bits, size, group, scheme)
+    keep_freed_memory()
     directions = {name: low for name, u in adapter.items() if (low := low_rank(u)) is not None}
     if not directions:
         raise UsageError("the adapter holds no low-rank update to quantise", got=f"{len(adapter)} others")

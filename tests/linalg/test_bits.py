@@ -55,6 +55,16 @@ def test_nearest_is_nearest_and_snapped_its_level(bits: int, book: int, library:
     assert np.array_equal(to_numpy(snapped(library(x), bits, book)), table[codes])
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_nearest_counts_borders_as_searchsorted_does(bits: int, library: Library) -> None:
+    """Also on the borders themselves, on the numbers beside them, far outside, and for infinity."""
+    table = levels(bits, GAUSS_BOOK, np.zeros(1))
+    borders = (table[1:] + table[:-1]) / 2
+    beside = [np.nextafter(borders, np.float32(side)) for side in (-9, 9)]
+    x = np.concatenate([borders, *beside, np.linspace(-9, 9, 4001), [np.inf, -np.inf, 0.0]]).astype(np.float32)
+    assert np.array_equal(to_numpy(nearest(library(x), bits, GAUSS_BOOK)), np.searchsorted(borders, x))
+
+
 def test_the_medians_are_those_of_the_papers_program() -> None:
     """500 rounds from zeros, as its ``QLinear.quantize`` runs them."""
     from scipy.stats import norm
