@@ -117,7 +117,29 @@ def test_a_dry_run_asks_the_writer(run: Run, adapter: Callable[..., Path], tmp_p
     words = ("shira", source, "--density", "0.9", "-o", tmp_path / "out")
     real = run(*words)
     dry = run(*words, "--dry-run")
+    assert real.code == 2
+    assert "no place in a PEFT SHiRA file" in real.err
     assert (dry.code, dry.err) == (real.code, real.err)
+
+
+def test_a_dry_run_of_extract_asks_the_writer(run: Run, digits: Path, tmp_path: Path) -> None:
+    """Changed biases and norms of the fine-tune have no place in PEFT's SHiRA layout."""
+    words = ("extract", digits / "base", digits / "tuned", "--sparse", "--density", "0.05", "-o", tmp_path / "out")
+    real = run(*words)
+    dry = run(*words, "--dry-run")
+    assert real.code == 2
+    assert (dry.code, dry.err) == (real.code, real.err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_of_a_union_asks_the_writer(run: Run, digits: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("56", "78")]
+    for path in paths:
+        assert run("shira", digits / f"group-{path.name}", "--density", "0.05", "-o", path).code == 0
+    words = ("fuse", *paths, "--method", "union", "-o", tmp_path / "out")
+    assert "--to native" in run(*words, "--dry-run").err
+    assert run(*words).code == 2
+    assert run(*words, "--to", "native", "--dry-run").code == 0
 
 
 def test_quantize_advise_takes_no_other_task(run: Run, digits: Path, tmp_path: Path) -> None:
