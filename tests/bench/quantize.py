@@ -3,9 +3,10 @@
     python tests/bench/quantize.py --out docs/bench/quantize.json --table docs/quantize-error.md
 
 ``seven_b``: quantize --bits 1, squeeze --rank 8 and dequantize as whole processes in turns (r = 64, fp16; ``--layers``
-of 32), and decoding alone, in memory, to fp16 and fp32 (GB of output per second). ``real``: every adapter named by LORATOOLS_REAL_ADAPTERS with a nonzero update, up to ``--modules`` of its
-modules, evenly spaced. A baseline quantises them in its own way; its bytes are counted with all scales and zero points;
-then ours may use as many bytes and no more. Errors are relative, Frobenius, over all modules together.
+of 32), and decoding alone, in memory, to fp16 and fp32 (GB of output per second). ``real``: every adapter named by
+LORATOOLS_REAL_ADAPTERS with a nonzero update, up to ``--modules`` of its modules, evenly spaced. A baseline quantises
+them in its own way; its bytes are counted with all scales and zero points; then ours may use as many bytes and no more.
+Errors are relative, Frobenius, over all modules together.
 
 * sign: sign times mean magnitude, groups of 128, of the balanced singular components;
 * binary-N: Binary Adapters' rule applied afterwards, to the factors as they are;
