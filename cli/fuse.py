@@ -86,7 +86,7 @@ def command(
     """
     from loratools import gates
     from loratools.cli import _model, _session, _several
-    from loratools.cli._names import default_output
+    from loratools.cli._names import default_output, written_as
     from loratools.fusion.base import FUSIONS
     from loratools.ops.fuse import fuse
     from loratools.ops.fuse_tally import UNITS
@@ -103,7 +103,7 @@ def command(
     target = _session.Target(
         output or default_output(paths[0], adapters[0], suffix), overwrite, dry_run, as_json, quiet
     )
-    target.check(adapters)
+    target.check([written_as(a, to or adapters[0].meta.format) for a in adapters])
     with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=sum(a.nbytes for a in adapters)):
         done = fuse(
             adapters,

@@ -39,6 +39,8 @@ def pack(codes: Array, bits: int) -> Array:
 def unpack(packed: Array, bits: int, count: int) -> Array:
     """Return the codes (k, count), uint8 (int32 above 8 bits), of packed rows; FormatError for another length."""
     check(packed, bits, count)
+    if bits == 8:
+        return packed
     xp, k = namespace(packed), packed.shape[0]
     many, width = lanes(bits)
     packed = _padded(packed, width)

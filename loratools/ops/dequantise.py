@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loratools.core.adapter import Adapter
-from loratools.core.pool import parallel_map
+from loratools.core.pool import keep_freed_memory, parallel_map
 from loratools.core.update import Leaf, Update, nbytes
 from loratools.errors import LoratoolsError, UsageError
 from loratools.kinds.coded import Coded
@@ -15,6 +15,7 @@ from loratools.report import Report
 
 def dequantize(adapter: Adapter, *, dtype: str = "float16") -> Adapter:
     """Return the adapter with every packed update unpacked into plain factors of ``dtype``, ready for any program."""
+    keep_freed_memory()
     found = [name for name, u in adapter.items() if _is_packed(u)]
     if not found:
         raise UsageError("nothing in this adapter is quantised", file=adapter.meta.path)

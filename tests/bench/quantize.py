@@ -5,7 +5,7 @@
 ``seven_b``: quantize --bits 1, squeeze --rank 8 and dequantize as whole processes in turns (r = 64, fp16; ``--layers``
 of 32), and decoding alone, in memory, to fp16 and fp32 (GB of output per second). ``real``: every adapter named by
 LORATOOLS_REAL_ADAPTERS with a nonzero update, up to ``--modules`` of its modules, evenly spaced. A baseline quantises
-them in its own way; its bytes are counted with all scales and zero points; then ours may use as many bytes and no more.
+them in its own way; its bytes are counted with all scales and zero points; then ours may use as many and no more.
 Errors are relative, Frobenius, over all modules together.
 
 * sign: sign times mean magnitude, groups of 128, of the balanced singular components;
@@ -218,8 +218,8 @@ def others(runs: int) -> dict[str, Any]:
         made = {}
         for name, (m, n) in shapes.items():
             codes, scales = packed_sizes((bits, 64), m, n, group)
-            made[f"{name}.weight"] = Packed(rng.integers(0, 256, codes, np.uint8), rng.random(scales, np.float32).astype(
-                np.float16), (bits, 64), (m, n), group)  # fmt: skip
+            drawn = rng.integers(0, 256, codes, np.uint8), rng.random(scales, np.float32).astype(np.float16)
+            made[f"{name}.weight"] = Packed(*drawn, (bits, 64), (m, n), group)
         rates = {dtype: decoded(Adapter(made, Meta()), dtype, runs) for dtype in ("float16", "float32")}
         found[f"{bits} bit, group {group}"] = rates
     return found

@@ -142,6 +142,16 @@ def test_a_dry_run_of_a_union_asks_the_writer(run: Run, digits: Path, tmp_path: 
     assert run(*words, "--to", "native", "--dry-run").code == 0
 
 
+def test_a_native_file_lies_beside_other_weights(run: Run, digits: Path, tmp_path: Path) -> None:
+    """It needs no config, so it speaks for no other file, whatever its inputs were."""
+    path = tmp_path / "56"
+    assert run("shira", digits / "group-56", "--density", "0.05", "-o", path).code == 0
+    (tmp_path / "other.safetensors").write_bytes((path / "adapter_model.safetensors").read_bytes())
+    words = ("fuse", path, path, "--method", "union", "--to", "native", "-o", tmp_path / "out.safetensors")
+    assert run(*words).code == 0
+    assert not (tmp_path / "adapter_config.json").exists()
+
+
 def test_quantize_advise_takes_no_other_task(run: Run, digits: Path, tmp_path: Path) -> None:
     source = digits / "group-56"
     for more in (("--bits", "1"), ("--avg-bits", "2"), ("--size", "1MB"), ("-o", tmp_path / "x"), ("--raw",),
