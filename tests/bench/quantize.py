@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import os
 import statistics
@@ -194,6 +195,17 @@ def real(most: int, only: str | None) -> dict[str, Any]:
                 {n: round(r["ours"] / r["error"], 3) for n, r in rows[folder.name].items() if n in BASELINES},
                 flush=True,
             )
+    return together(rows)
+
+
+def joined(folder: Path) -> dict[str, Any]:
+    """Return the figures of runs adapter by adapter (``--only NAME --out FOLDER/NAME.json``) as one."""
+    found = [json.loads(file.read_text())["real"]["adapters"] for file in sorted(folder.glob("*.json"))]
+    return together({name: row for rows in found for name, row in rows.items()})
+
+
+def together(rows: dict[str, Any]) -> dict[str, Any]:
+    """Return the rows with the geometric mean and the worst of our error over every baseline's."""
     means = {name: math.exp(np.mean([math.log(r[name]["ours"] / r[name]["error"]) for r in rows.values()]))
              for name in BASELINES} if rows else {}  # fmt: skip
     worst = {name: max(r[name]["ours"] / r[name]["error"] for r in rows.values()) for name in BASELINES} if rows else {}
@@ -258,9 +270,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--modules", type=int, default=6)
     parser.add_argument("--only", help="adapters whose name contains this")
+    parser.add_argument("--join", type=Path, metavar="DIR", help="put runs of --only together instead of running")
     parser.add_argument("--parts", default="seven_b,real", help="comma separated")
     args = parser.parse_args()
     figures: dict[str, Any] = {}
+    if args.join is not None:
+        bench.write("quantize", {"real": joined(args.join)}, args.out)
+        return
     with tempfile.TemporaryDirectory() as work:
         if "seven_b" in args.parts:
             figures["seven_b"] = seven_b(Path(work), args.runs, args.layers)
