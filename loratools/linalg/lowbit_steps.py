@@ -8,7 +8,7 @@ from loratools.leaf import Array
 from loratools.linalg.levels import HALF, decoded, is_even, nearest, snapped
 from loratools.linalg.lowbit_state import How, Problem, State, assessed, gram_matrices, runs
 from loratools.linalg.namespace import device_of, namespace, up
-from loratools.linalg.scales import TINY, grouped, groups, spread, stored
+from loratools.linalg.scales import TINY, grouped, groups, largest, spread, stored
 
 BLOCK = 16  # components whose corrections are made one by one between two matrix products
 TILE = 1 << 14  # columns worked on at once: fewer, and threads wait for each other between the calls
@@ -41,13 +41,11 @@ def _rounded(x: Array, how: How) -> tuple[Array, Array]:
 
 
 def _first_scale(x: Array, bits: int, how: How) -> Array:
-    """Return the root mean square, or for even levels the largest magnitude over the outermost level."""
+    """Return the root mean square of every group, or for even levels its largest magnitude over the outermost level."""
     xp = namespace(x)
-    size = xp.sqrt(grouped(x * x, how.group) / grouped(xp.ones_like(x), how.group)) + TINY
-    if not is_even(bits, how.book):
-        return size
-    ratio = xp.abs(x) / spread(size, x.shape[1], how.group)
-    return size * xp.max(ratio, axis=1, keepdims=True) / ((1 << (bits - 1)) - 0.5)
+    if is_even(bits, how.book):
+        return largest(x, how.group) / ((1 << (bits - 1)) - 0.5) + TINY
+    return xp.sqrt(grouped(x * x, how.group) / grouped(xp.ones_like(x), how.group)) + TINY
 
 
 def _fitted(x: Array, level: Array, group: int, before: Array) -> Array:

@@ -27,9 +27,18 @@ def spread(scale: Array, n: int, group: int) -> Array:
 
 def grouped(x: Array, group: int) -> Array:
     """Return sums of x (k, n) by group: (k, groups)."""
+    return namespace(x).sum(_by_group(x, group), axis=2)
+
+
+def largest(x: Array, group: int) -> Array:
+    """Return the largest magnitudes of x (k, n) by group: (k, groups)."""
+    xp = namespace(x)
+    return xp.max(xp.abs(_by_group(x, group)), axis=2)
+
+
+def _by_group(x: Array, group: int) -> Array:
+    """Return x (k, n) as (k, groups, entries), zeros behind its end."""
     xp, (k, n) = namespace(x), x.shape
-    if not group:
-        return xp.sum(x, axis=1, keepdims=True)
-    pad = groups(n, group) * group - n
+    pad = groups(n, group) * group - n if group else 0
     x = xp.concat([x, xp.zeros((k, pad), dtype=x.dtype, device=device_of(x))], axis=1) if pad else x
-    return xp.sum(x.reshape(k, -1, group), axis=2)
+    return x.reshape(k, groups(n, group), -1)
