@@ -15,7 +15,7 @@ from loratools.cli import _options, _show
 from loratools.core import pool
 from loratools.core.adapter import Adapter
 from loratools.errors import MissingExtraError, UsageError
-from loratools.files import load, save
+from loratools.files import load, rehearse, save
 from loratools.io.base import Base
 from loratools.outputs import check_target
 from loratools.report import Report
@@ -125,6 +125,8 @@ def deliver(
     assert result.report is not None
     report = gates.check(tuple(gate), result.report)
     failed = not all(check["ok"] for check in report.checks)
+    if to.dry_run:
+        rehearse(result, base=base, **options)  # the writer refuses now what it would refuse then
     written = None if to.dry_run or failed else save(result, to.path, base=base, overwrite=to.overwrite, **options)
     report = described(report, inputs, written, as_json=to.as_json)
     report = report.with_(inputs=(*report.inputs, *models))

@@ -23,6 +23,11 @@ COLUMNS: tuple[_show.Column, ...] = (
     ("interference", "interference", lambda x: f"{x:.3f}"),
     ("verdict", "verdict", str),
 )
+SPARSE: tuple[_show.Column, ...] = (
+    ("awom", "AWOM", _show.small),
+    ("awor", "AWOR", lambda x: f"{100 * x:.1f}%"),
+    ("overlap", "overlap", lambda x: f"{100 * x:.1f}%"),
+)
 
 
 @click.command("compare", short_help="How alike adapters are, and what to fuse.")
@@ -58,14 +63,16 @@ def command(
     """Compare adapters of one base in pairs: updates, subspaces, signs; and say what to fuse and what not.
 
     IN may be a directory of adapters or a pattern. Nothing is formed, so hundreds of adapters are compared in bounded
-    memory. --json has every pair with its figures per group of modules, the similarity graph and its communities.
+    memory. Sparse adapters (SHiRA) also get AWOM, AWOR and overlap. --json has every pair with its figures per group of
+    modules, the similarity graph and its communities.
     """
     from loratools import gates
     from loratools.cli import _gather, _pictures, _session, _several
     from loratools.ops.compare import compare
     from loratools.ops.compare_words import UNITS
+    from loratools.ops.sparse_interference import UNITS as SPARSE_UNITS
 
-    gate = gates.parse(fail_on, tuple(UNITS))
+    gate = gates.parse(fail_on, (*UNITS, *SPARSE_UNITS))
     outputs = _pictures.Outputs(None, plots, None)
     outputs.check(overwrite=overwrite)
     files = _gather.gathered(paths)
@@ -78,8 +85,9 @@ def command(
         from loratools.render.compare_plots import plots as draw
 
         draw(report, plots)
+    columns = (*COLUMNS[:-1], *SPARSE, COLUMNS[-1]) if "awom" in report.total else COLUMNS
     _show.show(
-        report if as_json else _paired(report), as_json=as_json, quiet=quiet, columns=COLUMNS, worst="interference"
+        report if as_json else _paired(report), as_json=as_json, quiet=quiet, columns=columns, worst="interference"
     )
     if not (as_json or quiet):
         if report.modules:

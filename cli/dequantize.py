@@ -58,7 +58,7 @@ def command(
     from loratools.cli import _session
     from loratools.cli._names import placed, written_as
     from loratools.files import load
-    from loratools.ops.quantise import dequantize
+    from loratools.ops.dequantise import dequantize
 
     gate = gates.parse(fail_on)
     if like is not None:

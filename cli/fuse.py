@@ -27,6 +27,7 @@ COLUMNS: tuple[_show.Column, ...] = (
     ("from_sum", "from sum", _show.small),
     ("relative_error", "cut", _show.small),
 )
+ENTRIES: tuple[_show.Column, ...] = (("entries_before", "entries", str), ("entries_after", "->", str))
 
 
 @click.command("fuse", short_help="Several adapters into one.")
@@ -80,12 +81,12 @@ def command(
     """Fuse adapters of one base into one, on their true updates.
 
     Formats, ranks, scales (rsLoRA), dtypes and target modules may differ; a module that an IN lacks counts as zero.
-    DoRA needs --base. The report says what of every input is kept, how much they interfere, and what a cut cost;
-    `loratools compare` tells beforehand what fits together.
+    DoRA needs --base. Sparse adapters (SHiRA) stay sparse with linear and union. The report says what of every input is
+    kept, how much they interfere, and what a cut cost; `loratools compare` tells beforehand what fits together.
     """
     from loratools import gates
     from loratools.cli import _model, _session, _several
-    from loratools.cli._names import default_output
+    from loratools.cli._names import default_output, written_as
     from loratools.fusion.base import FUSIONS
     from loratools.ops.fuse import fuse
     from loratools.ops.fuse_tally import UNITS
@@ -102,7 +103,7 @@ def command(
     target = _session.Target(
         output or default_output(paths[0], adapters[0], suffix), overwrite, dry_run, as_json, quiet
     )
-    target.check(adapters)
+    target.check([written_as(a, to or adapters[0].meta.format) for a in adapters])
     with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=sum(a.nbytes for a in adapters)):
         done = fuse(
             adapters,
@@ -120,8 +121,9 @@ def command(
         )
     assert done.report is not None
     more = _told(done.report)
+    columns = (*COLUMNS[:4], *ENTRIES, *COLUMNS[4:]) if "entries_after" in done.report.total else COLUMNS
     return _session.deliver(
-        done, adapters, target, gate, columns=COLUMNS, worst="relative_error", more=more, base=opened, format=to
+        done, adapters, target, gate, columns=columns, worst="relative_error", more=more, base=opened, format=to
     )
 
 

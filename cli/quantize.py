@@ -83,9 +83,14 @@ def command(
     from loratools.cli import _session
     from loratools.cli._names import placed, written_as
     from loratools.errors import UsageError
-    from loratools.ops.quantise import Budget, quantize
+    from loratools.ops.quantise import quantize
+    from loratools.ops.quantise_budget import Budget
 
     gate = gates.parse(fail_on)
+    if advise:
+        idle = {"bits": bits, "avg-bits": avg_bits, "size": size, "raw": raw, "stats": stats, "output": output,
+                "overwrite": overwrite, "dry-run": dry_run, "scheme": scheme != "lowbit"}  # fmt: skip
+        _alone([name for name, value in idle.items() if value not in (None, False)])
     if dtype is not None:
         raise UsageError("packed codes have no dtype", got=f"--dtype {dtype}", hint="leave it out")
     if raw and scheme != "binary-adapter":
@@ -94,7 +99,7 @@ def command(
     budget = None if advise else Budget(**words)  # contradictions are refused before anything is opened
     adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
     if advise:
-        return _advised(adapter, group, threads, as_json, quiet)
+        return _advised(adapter, group, gate, threads, as_json, quiet)
     assert budget is not None
     suffix = f"{budget.suffix}.bin" if raw else budget.suffix
     target = output or (placed(path.absolute(), "native", suffix).with_suffix("") if raw else placed(
@@ -112,15 +117,24 @@ def command(
     return code
 
 
-def _advised(adapter: Any, group: int, threads: int | None, as_json: bool, quiet: bool) -> int:
+def _alone(given: list[str]) -> None:
+    """Refuse options that would be idle beside --advise, which tries all budgets and writes nothing."""
+    from loratools.errors import UsageError
+
+    if given:
+        raise UsageError("--advise tries every budget and writes nothing", got=f"--{given[0]}", hint="leave it out")
+
+
+def _advised(adapter: Any, group: int, gate: Any, threads: int | None, as_json: bool, quiet: bool) -> int:
+    from loratools import gates
     from loratools.cli import _session
     from loratools.ops.advise import advise
 
     with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
-        report = advise(adapter, group=group)
+        report = gates.check(tuple(gate), advise(adapter, group=group))
     report = _session.described(report, [adapter], None, as_json=as_json)
     _show.show(report, as_json=as_json, quiet=quiet, columns=FRONTIER)
-    return 0
+    return int(not all(check["ok"] for check in report.checks))
 
 
 def _raw(done: Any, adapter: Any, shown: Any, gate: Any) -> int:

@@ -96,14 +96,32 @@ def save(
     The format is the source's own unless given. A PEFT adapter becomes a directory with everything that belongs to it,
     unless ``path`` ends in ``.safetensors``: then its config is written beside it. ``dtype`` converts every tensor.
     """
-    name = format or adapter.meta.format
+    adapter, bundle = _encoded(adapter, format, base, dtype, options)
+    put(adapter, bundle, Path(path), overwrite=overwrite)
+    return Path(path)
+
+
+def rehearse(
+    adapter: Adapter,
+    *,
+    format: str | None = None,
+    base: BaseLike | None = None,
+    dtype: str | None = None,
+    **options: Any,
+) -> int:
+    """Return the bytes of the weights file that :func:`save` would write; raise what its writer would raise."""
+    return file_bytes(_encoded(adapter, format, base, dtype, options)[1])
+
+
+def _encoded(
+    adapter: Adapter, format: str | None, base: BaseLike | None, dtype: str | None, options: Mapping[str, Any]
+) -> tuple[Adapter, Bundle]:
+    """Return the adapter in the storage dtype, and as its format writes it."""
     if dtype is not None:
         if not is_float(dtype):
             raise UsageError("no floating dtype to store tensors in", expected="float16, bfloat16, ...", got=dtype)
         adapter = adapter.map(lambda _, u: cast(u, dtype))
-    bundle = FORMATS[name].encode(adapter, base=open_base(base), **options)
-    put(adapter, bundle, Path(path), overwrite=overwrite)
-    return Path(path)
+    return adapter, FORMATS[format or adapter.meta.format].encode(adapter, base=open_base(base), **options)
 
 
 def written_size(adapter: Adapter, *, format: str | None = None, base: BaseLike | None = None) -> int:

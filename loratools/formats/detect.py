@@ -20,6 +20,8 @@ def detect(bundle: Bundle) -> Format:
     own = "loratools" in bundle.metadata  # a native file carries other programs' keys along
     if "peft_type" in (bundle.config or {}) and not own and not _torchtune(bundle):
         return FORMATS["peft"]  # no other program writes this word; asking the others would cost their imports
+    if own and FORMATS["native"].declines(bundle) is None:
+        return FORMATS["native"]
     spoken = ("native",) if own else ("manifest", "papers") if KEY in bundle.metadata else tuple(FORMATS)
     told = _NATIVE if own else _MANIFEST
     reasons = {name: format.declines(bundle) if name in spoken else told for name, format in FORMATS.items()}

@@ -110,7 +110,12 @@ def _joined(block: int, q: Mapping[str, Leaf], v: Mapping[str, Leaf]) -> LowRank
 def _halves(name: str, u: LowRank, ranks: Sequence[int]) -> list[LowRank]:
     d = u.shape[1]
     if u.shape[0] != 3 * d or not is_zero(taken(u, slice(d, 2 * d))):
-        raise ConversionError("Sam_LoRA's files hold no update of k", parameter=name, got=u.shape)
+        raise ConversionError(
+            "Sam_LoRA's files hold no update of k",
+            parameter=name,
+            got=u.shape,
+            hint="--to peft or --to native holds it",
+        )
     if sum(ranks) == u.rank and len(ranks) == 2:
         b = to_numpy(u.b)
         if not (b[:d, ranks[0] :].any() or b[2 * d :, : ranks[0]].any()):

@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 
 from loratools.core import generic
 from loratools.core.update import Array, Delta, Leaf, Update, namespace, tensors, working_dtype
+from loratools.fusion.sparse_union import all_sparse, sparse_union
 from loratools.kinds.lowrank import LowRank, concatenate, low_rank
 from loratools.linalg.namespace import up
 
@@ -93,7 +94,7 @@ def _(u: Combination, v: Delta) -> float:
 
 
 def combine(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Delta:
-    """Return sum c_i D_i exactly: factors side by side (rank: the sum of ranks), or a :class:`Combination`.
+    """Return sum c_i D_i exactly: factors side by side (rank: the sum of ranks), entries, or a :class:`Combination`.
 
     Parts that are zero or have coefficient 0 are left out. Cost: reading and copying the factors.
     """
@@ -102,6 +103,9 @@ def combine(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Delta:
         return zero_of(deltas)
     low = [low_rank(d) for _, d in kept]
     known = [replace(u, scale=c * u.scale) for (c, _), u in zip(kept, low, strict=True) if u is not None]
+    parts = [d for _, d in kept]
+    if all_sparse(parts):
+        return sparse_union(parts, [c for c, _ in kept], elect=False, working=True)
     if len(known) < len(kept):
         return Combination(tuple(d for _, d in kept), tuple(c for c, _ in kept))
     return known[0] if len(known) == 1 else concatenate(tuple(known))

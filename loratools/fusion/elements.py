@@ -64,6 +64,14 @@ def elected(parts: Sequence[Array], weights: Sequence[float], sign: Sign = "tota
     return total / xp.where(counts > 0, counts, 1.0)
 
 
+def agreed(parts: Sequence[Array], weights: Sequence[float]) -> Array:
+    """Return, entry by entry, the sum of those w_i x_i that have the sign of the whole sum; 0 where that is 0."""
+    xp = namespace(*parts)
+    weighted = [x if w == 1 else w * x for x, w in zip(parts, weights, strict=True)]
+    sign = xp.sign(reduce(add, weighted))
+    return reduce(add, (xp.where(x * sign > 0, x, 0.0) for x in weighted))
+
+
 def merged(rule: Rule, parts: Sequence[Array], weights: Sequence[float], density: float, keys: Sequence[Key]) -> Array:
     """Return coordinates merged by one of the rules; ``keys`` are the random streams of the parts."""
     if rule.startswith("dare"):

@@ -45,14 +45,15 @@ class InPlace:
 
     def read(self, name: str, flat: Array) -> Array:
         """Return the elements at row-major positions of a parameter, in its storage dtype."""
-        return self._view(name)[flat]
+        view = self._view(name)
+        return _as_bits(view)[flat].view(view.dtype)
 
     def write(self, name: str, flat: Array, values: Array) -> None:
         """Write elements at row-major positions; they reach the disk with :meth:`flush` at the latest."""
         view = self._view(name)
         if view.dtype != values.dtype:
             raise UnsupportedError("elements of another dtype", parameter=name, expected=view.dtype, got=values.dtype)
-        view[flat] = values
+        _as_bits(view)[flat] = _as_bits(values)
 
     def flush(self) -> None:
         """Force everything written to the disk."""
@@ -71,6 +72,11 @@ class InPlace:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._maps.clear()  # closed with their last view
+
+
+def _as_bits(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return a view as unsigned integers: NumPy gathers and scatters its own types faster than bfloat16."""
+    return x.view(f"u{x.dtype.itemsize}")
 
 
 def _mapped(path: Path, writable: bool) -> mmap.mmap:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from typing import Self
 
-from loratools.core import generic
 from loratools.core.routes import route
-from loratools.core.rows import Rows, rowwise
-from loratools.core.update import Array, Delta, Leaf, Update, kind, namespace, shape_of
+from loratools.core.update import Array, Leaf, kind, namespace, shape_of
 from loratools.errors import FormatError, UsageError
-from loratools.kinds.lowrank import LowRank, low_rank
+from loratools.kinds.coded import Coded, unpacked
+from loratools.kinds.lowrank import LowRank
 from loratools.linalg import seeds
 from loratools.linalg.bits import pack, row_bytes, unpack
-from loratools.linalg.factored import SVD
 from loratools.linalg.medians import MEDIANS
-from loratools.linalg.namespace import cast, up
+from loratools.linalg.namespace import cast, down, up
 
 EPS = 1e-5  # added to the deviation before dividing
 
 
 @kind("binary")
-class Binary(Delta):
+class Binary(Coded):
     """D = scale * b @ a with b (out, r), a (r, in), each entry level[code] * deviation + mean (arXiv:2307.16867).
 
     ``b``, ``a``: codes uint8, row-major, little end first; ``b_stats``, ``a_stats``: fp32 (mean, deviation). Raises
@@ -46,31 +44,19 @@ class Binary(Delta):
             got = (shape_of(self.b), shape_of(self.a))
             raise FormatError("codes of a binary update do not fit its shape", expected=sizes, got=got)
 
-    def unpacked(self) -> LowRank:
-        """Return the factors as leaves that unpack when read (fp32)."""
+    def unpacked(self, dtype: str = "float32") -> LowRank:
+        """Return the factors as leaves that unpack when read."""
         m, n = self.matrix_shape
-        b = Leaf((m, self.rank), "float32", lambda out: self._decoded(self.b, self.b_stats, (m, self.rank)))
-        a = Leaf((self.rank, n), "float32", lambda out: self._decoded(self.a, self.a_stats, (self.rank, n)))
+        b = Leaf((m, self.rank), dtype, lambda out: self._decoded(self.b, self.b_stats, (m, self.rank), dtype))
+        a = Leaf((self.rank, n), dtype, lambda out: self._decoded(self.a, self.a_stats, (self.rank, n), dtype))
         return LowRank(b, a, self.scale, self.shape)
 
-    def _decoded(self, codes: Leaf | Array, stats: Leaf | Array, shape: tuple[int, int]) -> Array:
+    def _decoded(self, codes: Leaf | Array, stats: Leaf | Array, shape: tuple[int, int], dtype: str) -> Array:
+        """Return a factor: its few values are rounded before they are looked up."""
         codes, stats = (t.read() if isinstance(t, Leaf) else t for t in (codes, stats))
         each = unpack(codes[None, :], self.bits, shape[0] * shape[1])[0, :]
-        xp = namespace(codes)
-        level = xp.take(_levels(self.bits, codes), cast(each, "int64"))
-        return (level * stats[1] + stats[0]).reshape(shape)
-
-    def matmul(self, x: Array) -> Array:
-        """Return s * b (a x)."""
-        return self.unpacked().matmul(x)
-
-    def rmatmul(self, y: Array) -> Array:
-        """Return s * a^T (b^T y)."""
-        return self.unpacked().rmatmul(y)
-
-    def dense(self) -> Array:
-        """Return D in ``shape``."""
-        return self.unpacked().dense()
+        value = down(_levels(self.bits, codes) * stats[1] + stats[0], dtype)
+        return namespace(codes).take(value, cast(each, "int64")).reshape(shape)
 
     @classmethod
     def example(cls, seed: int) -> Self:
@@ -106,31 +92,4 @@ def _coded(x: Array, bits: int) -> tuple[Array, Array]:
     return pack(cast(place, "uint8")[None, :], bits)[0, :], up(xp.stack([mean, deviation]))
 
 
-@low_rank.register(Binary)
-def _(u: Binary) -> LowRank:
-    return u.unpacked()
-
-
-@generic.svd.register(Binary)
-def _(u: Binary, k: int, *, seed: int = 0) -> SVD:
-    return generic.svd(u.unpacked(), k, seed=seed)
-
-
-@generic.svdvals.register(Binary)
-def _(u: Binary) -> Array:
-    return generic.svdvals(u.unpacked())
-
-
-@generic.inner.register(Binary)
-def _(u: Binary, v: Delta) -> float:
-    return generic.inner(u.unpacked(), v)
-
-
-@route(Binary, LowRank)
-def _unpack(u: Binary) -> Update:
-    return u.unpacked()
-
-
-@rowwise.register(Binary)
-def _(u: Binary) -> Rows | None:
-    return rowwise(u.unpacked())
+route(Binary, LowRank)(unpacked)

@@ -6,17 +6,18 @@ from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple, Self
 
-from loratools.core import generic
 from loratools.core.routes import route
-from loratools.core.rows import Rows, rowwise
-from loratools.core.update import Array, Delta, Leaf, Update, kind, namespace, shape_of
+from loratools.core.update import Array, Leaf, kind, namespace, shape_of
 from loratools.errors import FormatError
-from loratools.kinds.lowrank import LowRank, low_rank
-from loratools.linalg.bits import pack, row_bytes, unpack_from, unpack_levels
-from loratools.linalg.factored import SVD, truncate
-from loratools.linalg.levels import BITS, EVEN_BOOK, GAUSS_BOOK, levels
-from loratools.linalg.lowbit import HALF, LowBit, encode, groups
+from loratools.kinds.coded import Coded, unpacked
+from loratools.kinds.lowrank import LowRank
+from loratools.linalg.bits import pack, row_bytes
+from loratools.linalg.factored import truncate
+from loratools.linalg.levels import BITS, EVEN_BOOK, GAUSS_BOOK, HALF
+from loratools.linalg.lowbit import LowBit, encode
 from loratools.linalg.namespace import device_of, down, up
+from loratools.linalg.scales import groups
+from loratools.linalg.unpacking import values
 
 
 class Run(NamedTuple):
@@ -29,7 +30,7 @@ class Run(NamedTuple):
 
 
 @kind("packed")
-class Packed(Delta):
+class Packed(Coded):
     """D = sum over components j of b_j a_j^T; every vector is level[code] * scale.
 
     ``runs`` says bits, count, bits, count, ... of the components in their order; 16 bits are plain fp16 values. Of each
@@ -77,38 +78,25 @@ class Packed(Delta):
         """Return one factor, transposed for b: (k, size)."""
         size = self.matrix_shape[side]
         codes, scales = (t.read() if isinstance(t, Leaf) else t for t in (self.codes, self.scales))
-        xp = namespace(codes)
-        runs = laid_out(self.runs, *self.matrix_shape, self.group)
-        parts = [self._part(run, side, size, codes, scales, dtype) for run in runs]
-        if not parts:
-            return down(xp.zeros((1, size), dtype=xp.float32, device=device_of(codes)), dtype)
-        return parts[0] if len(parts) == 1 else xp.concat(parts)
+        xp, out = namespace(codes), None
+        for at, part in self._parts(side, size, codes, scales, dtype):
+            if out is None:
+                out = xp.empty((self.rank, size), dtype=part.dtype, device=device_of(codes))
+            out[at : at + part.shape[0], :] = part
+        return down(xp.zeros((1, size), dtype=xp.float32, device=device_of(codes)), dtype) if out is None else out
 
-    def _part(self, run: Run, side: int, size: int, codes: Array, scales: Array, dtype: str) -> Array:
-        xp, per = namespace(codes), groups(size, self.group)
-        at, width = run.codes[side], vector_bytes(size, run.bits)
-        block = codes[at : at + run.number * width]
-        scale = up(scales[run.scales[side] : run.scales[side] + run.number * per]).reshape(run.number, per)
-        if run.bits == HALF:
-            value = up(xp.asarray(block, copy=True).view(xp.float16)).reshape(run.number, size)
-        elif not self.group:  # few different values: they are scaled and rounded before they are looked up
-            table = down(levels(run.bits, self.book, codes)[None, :] * scale, dtype)
-            return unpack_from(table, block.reshape(run.number, width), run.bits, size)
-        else:
-            value = unpack_levels(block.reshape(run.number, width), run.bits, size, self.book)
-        return down(value * (xp.repeat(scale, self.group, axis=1)[:, :size] if self.group else scale), dtype)
-
-    def matmul(self, x: Array) -> Array:
-        """Return b (a x); O((m + n) r k) beside unpacking."""
-        return self.unpacked().matmul(x)
-
-    def rmatmul(self, y: Array) -> Array:
-        """Return a^T (b^T y); O((m + n) r k) beside unpacking."""
-        return self.unpacked().rmatmul(y)
-
-    def dense(self) -> Array:
-        """Return D in ``shape``."""
-        return self.unpacked().dense()
+    def _parts(
+        self, side: int, size: int, codes: Array, scales: Array, dtype: str
+    ) -> Iterator[tuple[int, Array]]:  # fmt: skip
+        """Yield (first component, values) of one factor, block by block."""
+        at, per = 0, groups(size, self.group)
+        for run in laid_out(self.runs, *self.matrix_shape, self.group):
+            begin, width = run.codes[side], row_bytes(size, run.bits)
+            packed = codes[begin : begin + run.number * width].reshape(run.number, width)
+            scale = up(scales[run.scales[side] : run.scales[side] + run.number * per]).reshape(run.number, per)
+            found = values(packed, scale, run.bits, size, group=self.group, book=self.book, dtype=dtype)
+            yield from ((at + i, part) for i, part in found)
+            at += run.number
 
     @classmethod
     def example(cls, seed: int) -> Self:
@@ -119,25 +107,20 @@ class Packed(Delta):
         return cls(made.codes, made.scales, made.runs, made.shape)
 
 
-def vector_bytes(size: int, bits: int) -> int:
-    """Return the bytes of one vector's codes."""
-    return row_bytes(size, bits)
-
-
 def laid_out(runs: tuple[int, ...], m: int, n: int, group: int) -> Iterator[Run]:
     """Yield every run with the places of its parts."""
     code = scale = 0
     for bits, count in zip(runs[::2], runs[1::2], strict=True):
-        codes = code, code + count * vector_bytes(m, bits)
+        codes = code, code + count * row_bytes(m, bits)
         scales = scale, scale + count * groups(m, group)
         yield Run(bits, count, codes, scales)
-        code, scale = codes[1] + count * vector_bytes(n, bits), scales[1] + count * groups(n, group)
+        code, scale = codes[1] + count * row_bytes(n, bits), scales[1] + count * groups(n, group)
 
 
 def packed_sizes(runs: tuple[int, ...], m: int, n: int, group: int) -> tuple[int, int]:
     """Return how many bytes of codes and how many scales an update has."""
     pairs = list(zip(runs[::2], runs[1::2], strict=True))
-    codes = sum(count * (vector_bytes(m, bits) + vector_bytes(n, bits)) for bits, count in pairs)
+    codes = sum(count * (row_bytes(m, bits) + row_bytes(n, bits)) for bits, count in pairs)
     return codes, sum(count * (groups(m, group) + groups(n, group)) for _, count in pairs)
 
 
@@ -175,34 +158,7 @@ def empty(like: Array, shape: tuple[int, ...]) -> Packed:
     return Packed(codes, scales, (), shape)
 
 
-@low_rank.register(Packed)
-def _(u: Packed) -> LowRank:
-    return u.unpacked()
-
-
-@generic.svd.register(Packed)
-def _(u: Packed, k: int, *, seed: int = 0) -> SVD:
-    return generic.svd(u.unpacked(), k, seed=seed)
-
-
-@generic.svdvals.register(Packed)
-def _(u: Packed) -> Array:
-    return generic.svdvals(u.unpacked())
-
-
-@generic.inner.register(Packed)
-def _(u: Packed, v: Delta) -> float:
-    return generic.inner(u.unpacked(), v)
-
-
-@route(Packed, LowRank)
-def _unpack(u: Packed) -> Update:
-    return u.unpacked()
-
-
-@rowwise.register(Packed)
-def _(u: Packed) -> Rows | None:
-    return rowwise(u.unpacked())
+route(Packed, LowRank)(unpacked)
 
 
 def payload_bytes(runs: tuple[int, ...], shape: tuple[int, ...], group: int) -> int:

@@ -63,23 +63,42 @@ class Sparse(Delta):
 
     def places(self) -> tuple[Array, Array]:
         """Return row and column of every entry, int64 (nnz,). Raises FormatError for an index out of range or order."""
-        starts, columns = (cast(t.read() if isinstance(t, Leaf) else t, "int64") for t in (self.rows, self.columns))
-        xp = namespace(starts)
-        counts = starts[1:] - starts[:-1]
-        m, n = self.matrix_shape
-        if int(starts[0]) != 0 or int(starts[-1]) != self.nnz or bool(xp.any(counts < 0)):
-            raise FormatError("the row pointers of a sparse update are broken", expected=f"ascending, 0 to {self.nnz}")
-        if self.nnz and (int(xp.min(columns)) < 0 or int(xp.max(columns)) >= n):
-            raise FormatError("a column of a sparse update is out of range", expected=f"0 to {n - 1}")
-        row = xp.repeat(xp.arange(m, dtype=xp.int64, device=device_of(starts)), counts)
-        if self.nnz and bool(xp.any((row[1:] == row[:-1]) & (columns[1:] <= columns[:-1]))):
-            raise FormatError("columns of a sparse update repeat or do not ascend within their row")
+        counts, columns = self._index()
+        xp = namespace(columns)
+        row = xp.repeat(xp.arange(self.shape[0], dtype=xp.int64, device=device_of(columns)), counts)
+        self._check(counts, columns, row * self.matrix_shape[1] + columns)
         return row, columns
 
     def flat(self) -> Array:
-        """Return row-major positions in the matrix view, ascending, int64 (nnz,)."""
-        row, column = self.places()
-        return row * self.matrix_shape[1] + column
+        """Return row-major positions in the matrix view, ascending, int64 (nnz,). Raises as :meth:`places`."""
+        counts, columns = self._index()
+        xp, (m, n) = namespace(columns), self.matrix_shape
+        flat = xp.repeat(xp.arange(m, dtype=xp.int64, device=device_of(columns)) * n, counts) + columns
+        self._check(counts, columns, flat)
+        return flat
+
+    def _index(self) -> tuple[Array, Array]:
+        """Return the number of entries per row and the columns, both int64."""
+        starts, columns = (cast(t.read() if isinstance(t, Leaf) else t, "int64") for t in (self.rows, self.columns))
+        counts = starts[1:] - starts[:-1]
+        if int(starts[0]) != 0 or int(starts[-1]) != self.nnz or bool(namespace(counts).any(counts < 0)):
+            raise FormatError("the row pointers of a sparse update are broken", expected=f"ascending, 0 to {self.nnz}")
+        return counts, columns
+
+    def _check(self, counts: Array, columns: Array, flat: Array) -> None:
+        """Raise FormatError unless columns are in range and ascend in every row.
+
+        They do if the positions ascend and no row begins before its first column or ends behind its last.
+        """
+        xp, n = namespace(flat), self.matrix_shape[1]
+        filled, ends = counts > 0, xp.cumulative_sum(counts)
+        last = columns[ends[filled] - 1]
+        first = columns[(ends - counts)[filled]]
+        if bool(xp.all(flat[1:] > flat[:-1])) and not bool(xp.any((first < 0) | (last >= n))):
+            return
+        if int(xp.min(columns)) < 0 or int(xp.max(columns)) >= n:
+            raise FormatError("a column of a sparse update is out of range", expected=f"0 to {n - 1}")
+        raise FormatError("columns of a sparse update repeat or do not ascend within their row")
 
     def matmul(self, x: Array) -> Array:
         """Return D x; O(nnz k), summed in fp64."""

@@ -13,7 +13,7 @@ from loratools.kinds.lowrank import low_rank
 from loratools.kinds.packed import payload_bytes, runs_of
 from loratools.linalg.lowbit import encode
 from loratools.ops.bit_budget import MENDED, Module, allocate
-from loratools.ops.quantise import Part, canonical_parts
+from loratools.ops.canonical import Part, canonical_parts
 from loratools.report import Report
 
 SAMPLED = 12

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from loratools.kinds.packed import payload_bytes
-from loratools.linalg.levels import DISTORTION
-from loratools.linalg.lowbit import HALF
+from loratools.linalg.levels import DISTORTION, HALF
 
 LADDER = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, HALF)
 PLAIN = {**{b: 1.0 - (1.0 - d) ** 2 for b, d in DISTORTION.items()}, HALF: 1e-7}

@@ -32,6 +32,7 @@ from loratools.ops.fuse_inputs import (
     true_updates,
 )
 from loratools.ops.parts import layer_and_projection
+from loratools.ops.sparse_interference import with_sparse
 from loratools.report import Report
 
 BLOCK_BYTES = 32 << 20
@@ -50,9 +51,9 @@ def compare(
 
     Per pair: ``cosine`` of the updates, mean and smallest principal ``angle`` of output and input spaces, the share of
     one's energy inside the other's subspaces, ``sign_conflict`` on a fixed sample of at most ``sample`` entries per
-    module, ``interference``; a similarity graph with communities (by ``seed``), and a recommendation in plain words. A
-    group is a projection (``self_attn.q_proj``) over all layers; a module that one lacks counts as zero. DoRA is
-    compared as its true update on ``base``.
+    module, ``interference``, for sparse adapters also SHiRA's AWOM and AWOR; a similarity graph with communities (by
+    ``seed``), and a recommendation in plain words. A group is a projection (``self_attn.q_proj``) over all layers; a
+    module that one lacks counts as zero. DoRA is compared as its true update on ``base``.
 
     Cost O((m + n) r^2 + r^3) per pair and module, nothing dense; memory is bounded by blocks of adapters. Raises
     UsageError for a sample beyond 2^20, MismatchError for different bases, NeedsBaseError.
@@ -75,7 +76,8 @@ def compare(
     aside = [name for name in rows if name not in additive]
     if aside:
         remarks.append(f"stored whole, not compared: {', '.join(aside[:3])} ({len(aside)})")
-    return compare_report(groups, names, len(additive), remarks, sample=sample, seed=seed)
+    report = compare_report(groups, names, len(additive), remarks, sample=sample, seed=seed)
+    return with_sparse(report, additive, names, seed)
 
 
 @dataclass(frozen=True)

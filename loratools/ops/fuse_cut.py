@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loratools.core import generic
 from loratools.core.adapter import Adapter
@@ -12,6 +12,7 @@ from loratools.fusion.combine import Zero, dtype_of
 from loratools.fusion.tiles import Tiled
 from loratools.kinds.dense import Dense
 from loratools.kinds.lowrank import LowRank, low_rank, stored_as
+from loratools.kinds.sparse import Sparse
 from loratools.linalg import seeds
 from loratools.linalg.factored import SVD, frobenius
 from loratools.linalg.namespace import down, up
@@ -66,11 +67,13 @@ class Cut:
 def cut(u: Delta, aim: Aim, *, default: int, dtype: str, seed: int) -> Cut:
     """Return the update at the aim: factors through :func:`squeeze`, what has none by a randomized SVD of its tiles.
 
-    Without an aim factors stay as they are, and an update without factors is cut to the rank ``default``.
+    Without an aim factors and sparse entries stay as they are, and any other update is cut to the rank ``default``.
     """
     if len(u.shape) == 1:
         return Cut(Dense(down(u.dense(), dtype)), 0.0, 0.0, False)
     low = low_rank(u)
+    if isinstance(u, Sparse) and aim.exact_rank is None and aim.energy is None:
+        return Cut(replace(u, values=stored_as(u.values, dtype)), 0.0, 0.0, False)
     if low is None:
         return _cut_tiles(u, aim, default, dtype, seed)
     if ((aim.rank is None or aim.rank == "full") and aim.energy is None) or isinstance(u, Zero):

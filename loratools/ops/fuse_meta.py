@@ -9,6 +9,7 @@ from typing import Any
 from loratools.core.adapter import Adapter, Meta
 from loratools.core.update import Array, Leaf, Update
 from loratools.ops.fuse_inputs import WHOLE
+from loratools.ops.touched import forgotten
 
 TARGETS = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
 SAVED = ("modules_to_save", "bias", "trainable_token_indices", "task_type")
@@ -37,6 +38,7 @@ def fused_meta(
         base_id=next((a.meta.base_id for a in adapters if a.meta.base_id), None),
         layout={name: entry for name, entry in layout.items() if name in updates},
         config=_config(adapters, updates, layout, take) if first.source == "peft" else first.config,
+        metadata=forgotten(first.metadata),
         leftover=leftover,
         remarks=(),
         absorbed={},

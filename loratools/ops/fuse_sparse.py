@@ -10,6 +10,7 @@ from loratools.core.update import Update
 from loratools.errors import LoratoolsError, UnsupportedError, UsageError
 from loratools.fusion.sparse_union import sparse_union
 from loratools.kinds.sparse import Sparse
+from loratools.ops.touched import forgotten
 
 
 def fuse_sparse(adapters: Sequence[Adapter], *, weights: Sequence[float] | None = None, elect: bool = True) -> Adapter:
@@ -31,5 +32,6 @@ def fuse_sparse(adapters: Sequence[Adapter], *, weights: Sequence[float] | None 
             updates[name] = sparse_union(parts, [w for _, w in found], elect=elect)
         except LoratoolsError as error:
             raise error.at(parameter=name) from error
-    meta = replace(adapters[0].meta, absorbed={}, leftover={})
+    first = adapters[0].meta
+    meta = replace(first, metadata=forgotten(first.metadata), absorbed={}, leftover={})
     return Adapter(updates, meta).with_history(f"union of {len(adapters)} sparse adapters")

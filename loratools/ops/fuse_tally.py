@@ -24,6 +24,8 @@ UNITS = {
     "inputs": "how many inputs have the module (a missing one is zero)",
     "rank_before": "sum of the inputs' ranks",
     "rank_after": "columns of the factors as written",
+    "entries_before": "sum of the entries of sparse inputs, where the result is sparse",
+    "entries_after": "entries of a sparse result: the union of the supports",
     "norm_before": "Frobenius norm of the weighted sum of the inputs",
     "norm_after": "Frobenius norm of the fused update",
     "norms": "Frobenius norm of every input",

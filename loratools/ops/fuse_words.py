@@ -9,6 +9,7 @@ from typing import Any
 from loratools.core.adapter import Adapter
 from loratools.core.update import Update, nbytes
 from loratools.kinds.lowrank import low_ranks
+from loratools.kinds.sparse import Sparse
 from loratools.ops.fuse_inputs import Row
 from loratools.ops.fuse_tally import UNITS, Figures, pair_rows, said, summed
 from loratools.report import Report
@@ -35,6 +36,7 @@ def fuse_report(
 ) -> Report:
     """Return rows per module, totals over all, and pairs of inputs."""
     rows = tuple(_row(name, m, weights) for name, m in modules.items())
+    sparse = [row for row in rows if "entries_after" in row]
     together = summed([m.figures for m in modules.values()]) if modules else None
     total: dict[str, Any] = {
         "modules": len(rows),
@@ -44,6 +46,7 @@ def fuse_report(
         "rank_before": max((row["rank_before"] for row in rows), default=None),
         "rank_after": max((row["rank_after"] for row in rows if row["rank_after"]), default=None),
         **({} if together is None else said(together, weights)),
+        **{key: sum(row[key] for row in sparse) for key in ("entries_before", "entries_after") if sparse},
         "whole": len(whole),
         "bytes_after": sum(nbytes(m.update) for m in modules.values()) + sum(map(nbytes, whole.values())),
     }
@@ -59,8 +62,16 @@ def _row(name: str, m: Module, weights: Sequence[float]) -> dict[str, Any]:
         "inputs": sum(u is not None for u in m.row),
         "rank_before": sum(_rank(u) or 0 for u in m.row if u is not None),
         "rank_after": _rank(m.update),
+        **_entries(m),
         **said(m.figures, weights),
     }
+
+
+def _entries(m: Module) -> dict[str, int]:
+    """Return the entries of a sparse result and of its inputs; nothing for others."""
+    if not isinstance(m.update, Sparse):
+        return {}
+    return {"entries_before": sum(u.nnz for u in m.row if isinstance(u, Sparse)), "entries_after": m.update.nnz}
 
 
 def _rank(u: Update) -> int | None:

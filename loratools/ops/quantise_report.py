@@ -7,13 +7,14 @@ from math import sqrt
 from typing import Any, NamedTuple
 
 from loratools.core.adapter import Adapter
-from loratools.core.update import Array, nbytes
+from loratools.core.pool import parallel_map
+from loratools.core.update import Array, nbytes, tensor_bytes
 from loratools.files import written_size
 from loratools.kinds.packed import payload_bytes
 from loratools.linalg.lowbit import encode
 from loratools.report import Report
 
-SAMPLED = 6
+SAMPLED = 4
 """Modules, evenly spaced, on which neighbours are tried."""
 TRIED = (1, 2, 3, 4, 8)
 SWEEPS = 3
@@ -119,9 +120,12 @@ def neighbours(parts: Mapping[str, tuple[Array, Array]], spent: Mapping[str, int
     """Return, for each number of bits, the error of as many leading components as the bytes of each module hold."""
     names = [n for n in parts if spent[n]]
     names = names[:: -(-len(names) // SAMPLED)] if names else []
+    tasks = [(bits, name) for bits in TRIED for name in names]
+    work = [sum(64 * tensor_bytes(side) for side in parts[name]) for _, name in tasks]
+    tried = parallel_map(lambda one: _tried(*parts[one[1]], one[0], spent[one[1]], group), tasks, weights=work)
     rows = []
     for bits in TRIED:
-        found = [_tried(*parts[name], bits, spent[name], group) for name in names]
+        found = [result for (one, _), result in zip(tasks, tried, strict=True) if one == bits]
         square, wrong = sum(f[0] for f in found), sum(f[1] for f in found)
         if found and all(f[2] for f in found):
             rows.append(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import sqrt
 from typing import Any
 
 from loratools.core.adapter import Adapter
 from loratools.core.generic import Operator
-from loratools.core.update import Array, namespace
+from loratools.core.pool import parallel_map
+from loratools.core.update import Array, Update, namespace
 from loratools.errors import MismatchError, UsageError
 from loratools.kinds.sparse import Sparse, common
 from loratools.linalg import seeds
@@ -52,6 +53,33 @@ def sparse_interference(adapters: Sequence[Adapter], *, seed: int = 0) -> Report
         "opposed": sum(row["opposed"] for row in rows) / len(rows),
     }
     return Report("loratools.interference/1", tuple(rows), total, UNITS)
+
+
+def with_sparse(report: Report, rows: Mapping[str, Sequence[Update | None]], names: Sequence[str], seed: int) -> Report:
+    """Return a comparison with these figures in its rows and totals, where every update is sparse; else as it is.
+
+    ``rows``: the updates of every parameter, one per adapter, whose ``names`` are those of the report's pairs.
+    """
+    if not report.modules or not all(isinstance(u, Sparse) for row in rows.values() for u in row if u is not None):
+        return report
+    found = {
+        (names[i], names[j]): _together(rows, i, j, seed) for i, j in combinations(range(len(names)), 2)
+    }  # fmt: skip
+    pairs = tuple({**row, **found[row["a"], row["b"]]} for row in report.modules)
+    known = [row for row in pairs if row["awom"] is not None]
+    total = {key: sum(row[key] for row in known) / len(known) if known else None for key in UNITS}
+    return report.with_(modules=pairs, total={**report.total, **total}, units={**report.units, **UNITS})
+
+
+def _together(rows: Mapping[str, Sequence[Update | None]], i: int, j: int, seed: int) -> dict[str, float | None]:
+    """Return the largest AWOM and the means of the others over the modules that both have."""
+    both = [(row[i], row[j]) for row in rows.values() if row[i] is not None and row[j] is not None]
+    work = [256 * (u.nnz + v.nnz) for u, v in both]  # type: ignore[union-attr]
+    found = parallel_map(lambda one: pair(*one, seed=seed), both, weights=work)  # type: ignore[arg-type]
+    if not found:
+        return dict.fromkeys(UNITS)
+    means = {key: sum(one[key] for one in found) / len(found) for key in UNITS}
+    return {**means, "awom": max(one["awom"] for one in found)}
 
 
 def pair(u: Sparse, v: Sparse, *, seed: int = 0) -> dict[str, float]:

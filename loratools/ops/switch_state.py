@@ -10,99 +10,31 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loratools.core.adapter import Adapter, Meta
-from loratools.core.update import Array, Leaf, namespace
-from loratools.errors import FormatError
+from loratools.errors import FormatError, LoratoolsError, UsageError
 from loratools.files import load, save
 from loratools.io.atomic import sync
 from loratools.io.oserrors import os_errors
+from loratools.io.shards import model_files, read_index
 from loratools.io.sidecar import read_json
 from loratools.io.write import write_text
 from loratools.kinds.sparse import Sparse
-from loratools.linalg.namespace import device_of, down, dtype_name, up, working_dtype
+from loratools.ops.switch_records import Record
 
 STATE, JOURNAL, LOCK = "state.json", "journal.json", "lock"
+WHOLE = ".loratools-switch"
 VERSION = 1
-Records = Mapping[str, "Record"]
-
-
-class Record:
-    """An adapter that is on: parameter of the model -> sparse update whose ``base`` are the model's own values."""
-
-    def __init__(self, id: str, label: str, updates: Mapping[str, Sparse]) -> None:
-        self.id, self.label, self.updates = id, label, updates
-
-    @cached_property
-    def flat(self) -> Mapping[str, Array]:
-        """Row-major positions by parameter."""
-        return {name: u.flat() for name, u in self.updates.items()}
-
-
-def targets(name: str, present: Sequence[Record], wanted: Sequence[Record]) -> tuple[Array, Array]:
-    """Return the positions of a parameter that any of the records touches, and the values that ``wanted`` give them.
-
-    Each is base + the sum of the updates (fp32, in the order of the records' ids), rounded once: the same whatever the
-    order of switching, and the model's own value, bit for bit, where nothing is on.
-    """
-    touching = sorted({r.id: r for r in (*present, *wanted) if name in r.updates}.values(), key=lambda r: r.id)
-    on = {r.id for r in wanted}
-    if len(touching) == 1:
-        only = touching[0]
-        own = _base(only, name)
-        return only.flat[name], _added(own, only.updates[name].numbers(working_dtype(own))) if only.id in on else own
-    union, places = united_places([r.flat[name] for r in touching])
-    xp = namespace(union)
-    own = xp.zeros(union.shape, dtype=_base(touching[0], name).dtype)
-    change = xp.zeros(union.shape, dtype=xp.float64 if dtype_name(own) == "float64" else xp.float32)
-    touched = xp.zeros(union.shape, dtype=xp.bool, device=device_of(union))
-    for record, place in zip(touching, places, strict=True):
-        own[place] = _base(record, name)
-        if record.id in on:
-            change[place] += record.updates[name].numbers(dtype_name(change))
-            touched[place] = True
-    values = xp.asarray(own, copy=True)
-    values[touched] = _added(own[touched], change[touched])
-    return union, values
-
-
-def united_places(flats: Sequence[Array]) -> tuple[Array, list[Array]]:
-    """Return the union of ascending positions, and where each list stands in it."""
-    xp = namespace(*flats)
-    union = xp.sort(xp.unique_values(xp.concat(list(flats))))
-    return union, [xp.searchsorted(union, flat) for flat in flats]
-
-
-def _base(record: Record, name: str) -> Array:
-    base = record.updates[name].base
-    if base is None:
-        raise FormatError("a record of a switch lacks the model's values", parameter=name, got=record.label)
-    return read(base)
-
-
-def read(t: Leaf | Array) -> Array:
-    """Return a tensor in memory, in its storage dtype."""
-    return t.read() if isinstance(t, Leaf) else t
-
-
-def _added(own: Array, change: Array) -> Array:
-    return down(up(own, working_dtype(own)) + change, dtype_name(own))
-
-
-def touched_parameters(records: Sequence[Record]) -> list[str]:
-    """Return the parameters that any of the records touches, in order."""
-    return list(dict.fromkeys(name for r in records for name in r.updates))
 
 
 class State:
     """The hidden directory of one model."""
 
     def __init__(self, model: Path) -> None:
-        self.path = model / ".loratools-switch" if model.is_dir() else model.with_name(f".{model.name}.switch")
+        self.path = _home(model)
 
     def open(self) -> None:
         """Make the directory."""
@@ -156,5 +88,44 @@ class State:
         if not after:
             shutil.rmtree(self.path, ignore_errors=True)
 
+    def tidy(self) -> None:
+        """Remove the directory if nothing is on and nothing pending."""
+        if self.path.exists() and not self.on() and self.pending() is None:
+            shutil.rmtree(self.path, ignore_errors=True)
+
     def _write(self, file: str, said: Mapping[str, Any]) -> None:
         write_text(self.path / file, json.dumps({"version": VERSION, **said}, indent=1) + "\n", overwrite=True)
+
+
+def _home(model: Path) -> Path:
+    """Return where the state of a model lies: one place, whether its directory or its only file is named.
+
+    It lies beside the file, or in the directory of a model of several. Raises UsageError where a part of the model was
+    switched by itself, or the whole of which this is a part.
+    """
+    folder = model if model.is_dir() else model.parent
+    whole, files = folder / WHOLE, _file_names(folder)
+    if not model.is_dir():
+        if whole.exists() and model.name in files:
+            raise UsageError("this file was switched with its directory", file=model, hint=f"give {folder}")
+        return _beside(model)
+    if whole.exists() or len(files) == 1:
+        return whole if whole.exists() else _beside(folder / files[0])
+    alone = next((name for name in files if _beside(folder / name).exists()), None)
+    if alone is not None:
+        raise UsageError("a file of this model was switched by itself", file=folder / alone,
+                         hint="switch everything off there first")  # fmt: skip
+    return whole
+
+
+def _beside(file: Path) -> Path:
+    return file.with_name(f".{file.name}.switch")
+
+
+def _file_names(folder: Path) -> list[str]:
+    """Return the names of the weights files of a model directory; none where it is no such directory."""
+    try:
+        found = model_files(folder)
+        return [path.name for path in (found if isinstance(found, tuple) else set(read_index(found).values()))]
+    except LoratoolsError:
+        return []

@@ -3,9 +3,10 @@
     python tests/bench/quantize.py --out docs/bench/quantize.json --table docs/quantize-error.md
 
 ``seven_b``: quantize --bits 1, squeeze --rank 8 and dequantize as whole processes in turns (r = 64, fp16; ``--layers``
-of 32). ``real``: every adapter named by LORATOOLS_REAL_ADAPTERS with a nonzero update, up to ``--modules`` of its
-modules, evenly spaced. A baseline quantises them in its own way; its bytes are counted with all scales and zero points;
-then ours may use as many bytes and no more. Errors are relative, Frobenius, over all modules together.
+of 32), and decoding alone, in memory, to fp16 and fp32 (GB of output per second). ``real``: every adapter named by
+LORATOOLS_REAL_ADAPTERS with a nonzero update, up to ``--modules`` of its modules, evenly spaced. A baseline quantises
+them in its own way; its bytes are counted with all scales and zero points; then ours may use as many and no more.
+Errors are relative, Frobenius, over all modules together.
 
 * sign: sign times mean magnitude, groups of 128, of the balanced singular components;
 * binary-N: Binary Adapters' rule applied afterwards, to the factors as they are;
@@ -18,8 +19,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -34,6 +37,7 @@ import loratools as lt
 from loratools.core.adapter import Adapter, Meta
 from loratools.kinds.binary import binary
 from loratools.kinds.lowrank import LowRank, low_ranks
+from loratools.kinds.packed import Packed, packed_sizes
 from loratools.linalg import factored
 from loratools.linalg.select import numerical_rank
 
@@ -191,10 +195,46 @@ def real(most: int, only: str | None) -> dict[str, Any]:
                 {n: round(r["ours"] / r["error"], 3) for n, r in rows[folder.name].items() if n in BASELINES},
                 flush=True,
             )
+    return together(rows)
+
+
+def joined(folder: Path) -> dict[str, Any]:
+    """Return the figures of runs adapter by adapter (``--only NAME --out FOLDER/NAME.json``) as one."""
+    found = [json.loads(file.read_text())["real"]["adapters"] for file in sorted(folder.glob("*.json"))]
+    return together({name: row for rows in found for name, row in rows.items()})
+
+
+def together(rows: dict[str, Any]) -> dict[str, Any]:
+    """Return the rows with the geometric mean and the worst of our error over every baseline's."""
     means = {name: math.exp(np.mean([math.log(r[name]["ours"] / r[name]["error"]) for r in rows.values()]))
              for name in BASELINES} if rows else {}  # fmt: skip
     worst = {name: max(r[name]["ours"] / r[name]["error"] for r in rows.values()) for name in BASELINES} if rows else {}
     return {"adapters": rows, "geometric_mean_ratio": means, "worst_ratio": worst}
+
+
+def decoded(packed: Adapter, dtype: str, runs: int) -> dict[str, float]:
+    """Return GB of output per second, the best and the median of several runs."""
+    rates = []
+    for _ in range(max(2 * runs, 5)):
+        start = time.perf_counter()
+        plain = lt.dequantize(packed, dtype=dtype)
+        rates.append(plain.nbytes / (time.perf_counter() - start) / 1e9)
+    return {"best": max(rates), "median": statistics.median(rates)}
+
+
+def others(runs: int) -> dict[str, Any]:
+    """Return the rates of other sizes and of groups: one layer, r = 64, random codes."""
+    rng, (_, shapes) = np.random.default_rng(0), bench.SHAPES["7b"]
+    found = {}
+    for bits, group in ((1, 128), (2, 0), (3, 0), (4, 0), (4, 128), (8, 0), (8, 128)):
+        made = {}
+        for name, (m, n) in shapes.items():
+            codes, scales = packed_sizes((bits, 64), m, n, group)
+            drawn = rng.integers(0, 256, codes, np.uint8), rng.random(scales, np.float32).astype(np.float16)
+            made[f"{name}.weight"] = Packed(*drawn, (bits, 64), (m, n), group)
+        rates = {dtype: decoded(Adapter(made, Meta()), dtype, runs) for dtype in ("float16", "float32")}
+        found[f"{bits} bit, group {group}"] = rates
+    return found
 
 
 def seven_b(work: Path, runs: int, layers: int) -> dict[str, Any]:
@@ -204,14 +244,10 @@ def seven_b(work: Path, runs: int, layers: int) -> dict[str, Any]:
     commands = {
         "squeeze": [tool, "squeeze", str(source), "--rank", "8", "-o", str(work / "s"), "--overwrite"],
         "quantize": [tool, "quantize", str(source), "--bits", "1", "-o", str(one), "--overwrite"],
+        "dequantize": [tool, "dequantize", str(one), "-o", str(work / "plain"), "--overwrite"],
     }
     found = bench.measure(commands, runs)
-    packed = lt.load(one)
-    seconds = []
-    for _ in range(max(runs, 3)):
-        start = time.perf_counter()
-        plain = lt.dequantize(packed)
-        seconds.append(time.perf_counter() - start)
+    rates = {dtype: decoded(lt.load(one), dtype, runs) for dtype in ("float16", "float32")}
     told = lt.quantize(lt.load(bench.make_adapter(work / "few", "7b", 64, "float16", layers=1)), bits=1).report
     return {
         "layers": layers,
@@ -220,7 +256,9 @@ def seven_b(work: Path, runs: int, layers: int) -> dict[str, Any]:
         "size_ratio": before / one.stat().st_size,
         "processes": found,
         "time_ratio": found["quantize"]["median_s"] / found["squeeze"]["median_s"],
-        "decode_gb_per_s": plain.nbytes / min(seconds) / 1e9,
+        "decode_gb_per_s": rates,
+        "decode_others": others(runs),
+        "dequantize_gb_per_s": before / found["dequantize"]["median_s"] / 1e9,
         "relative_error_1bit": told.total["relative_error"],
     }
 
@@ -232,9 +270,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--modules", type=int, default=6)
     parser.add_argument("--only", help="adapters whose name contains this")
+    parser.add_argument("--join", type=Path, metavar="DIR", help="put runs of --only together instead of running")
     parser.add_argument("--parts", default="seven_b,real", help="comma separated")
     args = parser.parse_args()
     figures: dict[str, Any] = {}
+    if args.join is not None:
+        bench.write("quantize", {"real": joined(args.join)}, args.out)
+        return
     with tempfile.TemporaryDirectory() as work:
         if "seven_b" in args.parts:
             figures["seven_b"] = seven_b(Path(work), args.runs, args.layers)

@@ -2,8 +2,11 @@
 
     python tests/bench/sparse.py --out docs/bench/sparse.json
 
-Whole processes in turns: ``switch --on`` and ``--off`` of a 1% adapter (magnitude mask), and ``merge`` of the rank-32
-LoRA (bf16 model, 22 layers, ``--layers`` for fewer). The checkpoint after on and off is compared byte for byte.
+Whole processes in turns: ``switch --on`` and ``--off`` of a 1% adapter, and ``merge`` of the rank-32 LoRA (bf16 model,
+22 layers, ``--layers`` for fewer). Both force what they wrote to the disk before they end. ``disk``: in the temporary
+directory; ``memory``: the same in ``--memory``, a file system without a disk (left out where there is none). Masks:
+magnitude, whose entries lie in most pages of the model, and struct (``disk`` only), whose lie in few. ``floor_s``: the
+same pages made dirty and forced to the disk by a bare loop. The checkpoint after on and off is compared byte for byte.
 ``in_memory``: the same on tensors already in memory, against adding the product to each.
 """
 
@@ -12,6 +15,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import mmap
+import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -29,6 +35,7 @@ assert spec.loader is not None
 bench = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
 
+PAGE = mmap.PAGESIZE
 TOOL = str(Path(sys.executable).parent / "loratools")
 
 
@@ -86,37 +93,79 @@ def in_memory(model: Path, lora: Path, sparse: Path, runs: int) -> dict[str, Any
     return {"add_s": added, "put_on_s": switched, "ratio": min(added) / min(switched)}
 
 
+def touched(model: Path, sparse: Path) -> np.ndarray:
+    """Return the numbers of the pages of the checkpoint that hold entries of the adapter."""
+    from loratools.io.base import Base
+
+    base, found = Base.open(model), []
+    for name, u in lt.load(sparse, base=base).items():
+        leaf = base.leaf(name)
+        found.append(np.unique((leaf.load.start + leaf.nbytes // leaf.shape[0] // leaf.shape[1] * u.flat()) // PAGE))
+    return np.unique(np.concatenate(found))
+
+
+def floor(model: Path, pages: np.ndarray, runs: int) -> list[float]:
+    """Time making pages dirty with the bytes that they hold, and forcing them to the disk."""
+    seconds = []
+    with (model / "model.safetensors").open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        whole = np.frombuffer(mapped, np.uint8)
+        for _ in range(runs):
+            start = time.perf_counter()
+            whole[pages * PAGE] = whole[pages * PAGE]
+            os.fsync(file.fileno())
+            seconds.append(round(time.perf_counter() - start, 4))
+        del whole
+    return seconds
+
+
+def processes(model: Path, sparse: Path, lora: Path | None, out: Path, runs: int) -> dict[str, Any]:
+    """Measure switching on and off, beside merging where a LoRA is given."""
+    commands = {
+        "switch_on": [TOOL, "switch", str(model), "--on", str(sparse), "-q"],
+        "switch_off": [TOOL, "switch", str(model), "--off", str(sparse), "-q"],
+    }
+    if lora is not None:
+        commands["merge"] = [TOOL, "merge", str(model), str(lora), "-o", str(out), "--overwrite", "-q"]
+    before = digest(model)
+    found = bench.measure(commands, runs)
+    pages = touched(model, sparse)
+    told = {"processes": found, "identical_after_off": digest(model) == before, "touched_bytes": len(pages) * PAGE,
+            "floor_s": floor(model, pages, runs)}  # fmt: skip
+    if lora is None:
+        return told
+    ratios = [found["merge"]["median_s"] / found[name]["median_s"] for name in ("switch_on", "switch_off")]
+    cpu = [statistics.median(found[name]["cpu_s"]) for name in ("merge", "switch_on", "switch_off")]
+    return {**told, "merge_over_switch_on": ratios[0], "merge_over_switch_off": ratios[1],
+            "median_ratio": statistics.median(ratios), "cpu_ratio": 2 * cpu[0] / (cpu[1] + cpu[2])}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--memory", type=Path, default=Path("/dev/shm"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         model = make_model(folder / "model", args.layers)
         lora = bench.make_adapter(folder / "lora", "1.1b", 32, "bfloat16", layers=args.layers)
-        made = lt.shira(lt.load(lora), density=0.01, to="native")
-        sparse = lt.save(made, folder / "sparse.safetensors", format="native")
-        before = digest(model)
-        commands = {
-            "switch_on": [TOOL, "switch", str(model), "--on", str(sparse), "-q"],
-            "switch_off": [TOOL, "switch", str(model), "--off", str(sparse), "-q"],
-            "merge": [TOOL, "merge", str(model), str(lora), "-o", str(folder / "merged"), "--overwrite", "-q"],
-        }
-        found = bench.measure(commands, args.runs)
+        made = {mask: lt.shira(lt.load(lora), density=0.01, mask=mask, to="native") for mask in ("magnitude", "struct")}
+        sparse = {mask: lt.save(a, folder / f"{mask}.safetensors", format="native") for mask, a in made.items()}
         figures = {
             "layers": args.layers,
             "bytes_model": (model / "model.safetensors").stat().st_size,
-            "bytes_sparse": sparse.stat().st_size,
-            "density": made.report.total["density"],
-            "processes": found,
-            "merge_over_switch_on": found["merge"]["median_s"] / found["switch_on"]["median_s"],
-            "merge_over_switch_off": found["merge"]["median_s"] / found["switch_off"]["median_s"],
-            "identical_after_off": digest(model) == before,
-            "in_memory": in_memory(model, lora, sparse, args.runs),
+            "bytes_sparse": sparse["magnitude"].stat().st_size,
+            "density": made["magnitude"].report.total["density"],
+            "disk": processes(model, sparse["magnitude"], lora, folder / "merged", args.runs),
+            "disk_struct": processes(model, sparse["struct"], None, folder / "merged", args.runs),
+            "in_memory": in_memory(model, lora, sparse["magnitude"], args.runs),
         }
-        figures["median_ratio"] = statistics.median([figures["merge_over_switch_on"], figures["merge_over_switch_off"]])
+        if args.memory.is_dir():
+            with tempfile.TemporaryDirectory(dir=args.memory) as fast:
+                copy = Path(shutil.copytree(model, Path(fast) / "model"))
+                shutil.rmtree(folder / "merged")
+                figures["memory"] = processes(copy, sparse["magnitude"], lora, Path(fast) / "merged", args.runs)
     bench.write("sparse", figures, args.out)
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from loratools.errors import FormatError
-from loratools.linalg.bits import pack, row_bytes, unpack, unpack_levels
-from loratools.linalg.levels import EVEN_BOOK, GAUSS, GAUSS_BOOK, decoded, is_even, levels, nearest, snapped
+from loratools.linalg.bits import pack, row_bytes, unpack
+from loratools.linalg.levels import EVEN_BOOK, GAUSS_BOOK, is_even, levels, nearest, snapped
+from loratools.linalg.lloyd_max import GAUSS
 from loratools.linalg.namespace import to_numpy, unpack_bits
 
 Library = Callable[[Any], Any]
@@ -25,9 +26,6 @@ def test_round_trip_and_reference(bits: int, count: int, library: Library) -> No
     assert np.array_equal(to_numpy(unpack(library(packed), bits, count)), codes)
     for row, want in zip(packed, codes, strict=True) if bits <= 8 else ():
         assert np.array_equal(unpack_bits(row, bits, count), want)
-    for book in (GAUSS_BOOK, EVEN_BOOK):
-        got = to_numpy(unpack_levels(library(packed), bits, count, book))
-        assert np.array_equal(got, to_numpy(decoded(library(codes), bits, book)))
 
 
 def test_other_lengths_are_refused() -> None:
@@ -55,6 +53,16 @@ def test_nearest_is_nearest_and_snapped_its_level(bits: int, book: int, library:
     codes = to_numpy(nearest(library(x), bits, book))
     assert np.allclose(np.abs(table[codes] - x), np.abs(table[None, :] - x[:, None]).min(axis=1), atol=1e-6)
     assert np.array_equal(to_numpy(snapped(library(x), bits, book)), table[codes])
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_nearest_counts_borders_as_searchsorted_does(bits: int, library: Library) -> None:
+    """Also on the borders themselves, on the numbers beside them, far outside, and for infinity."""
+    table = levels(bits, GAUSS_BOOK, np.zeros(1))
+    borders = (table[1:] + table[:-1]) / 2
+    beside = [np.nextafter(borders, np.float32(side)) for side in (-9, 9)]
+    x = np.concatenate([borders, *beside, np.linspace(-9, 9, 4001), [np.inf, -np.inf, 0.0]]).astype(np.float32)
+    assert np.array_equal(to_numpy(nearest(library(x), bits, GAUSS_BOOK)), np.searchsorted(borders, x))
 
 
 def test_the_medians_are_those_of_the_papers_program() -> None:

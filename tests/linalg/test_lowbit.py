@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from loratools.kinds.packed import packed
-from loratools.linalg.lowbit import HALF, LowBit, encode
+from loratools.linalg.levels import HALF
+from loratools.linalg.lowbit import LowBit, encode
 
 
 def components(m: int, n: int, k: int, seed: int = 0, power: float = 0.5) -> tuple[np.ndarray, np.ndarray]:

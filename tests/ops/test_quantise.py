@@ -19,7 +19,7 @@ from loratools.kinds.replace import Replace
 from loratools.linalg.medians import MEDIANS
 from loratools.ops.advise import advise
 from loratools.ops.bit_budget import MENDED, Module, allocate
-from loratools.ops.quantise import Budget
+from loratools.ops.quantise_budget import Budget
 
 ROOT = Path(__file__).parents[2]
 R4, R32 = ROOT / "fixtures" / "digits" / "r4", ROOT / "fixtures" / "digits" / "r32"

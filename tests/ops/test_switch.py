@@ -128,7 +128,7 @@ CHILD = """
 import os, signal, sys
 import loratools as lt
 from loratools.io import inplace, write, atomic
-from loratools.ops import switch_state, switch as module
+from loratools.ops import switch_state
 what, after, folder, on, off = sys.argv[1], int(sys.argv[2]), *sys.argv[3:6]
 seen = 0
 def dying(f):
@@ -284,3 +284,58 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
     state.open()
     with locked(state.path / "lock"), pytest.raises(FileError, match="another switch"):
         lt.switch(folder, on=[sparse(1)])
+
+
+def test_a_directory_and_its_only_file_are_one_model(tmp_path: Path) -> None:
+    folder, a, b = model(tmp_path / "m"), sparse(1), sparse(2)
+    before, file = content(folder), folder / "model.safetensors"
+    lt.switch(folder, on=[a])
+    assert State(folder).path == State(file).path
+    with pytest.raises(UsageError, match="already"):
+        lt.switch(file, on=[a])
+    lt.switch(file, on=[b])
+    assert lt.switch(folder).extra["on"] == ["an adapter in memory"] * 2
+    lt.switch(file, off=[a, b])
+    assert content(folder) == before
+    assert not State(folder).path.exists()
+
+
+def sharded(folder: Path) -> Path:
+    folder.mkdir()
+    for i, (name, w) in enumerate(weights().items(), 1):
+        save_file({name: w}, folder / f"model-{i:05d}-of-00003.safetensors")
+    return folder
+
+
+def test_a_shard_and_its_model_are_not_switched_apart(tmp_path: Path) -> None:
+    folder, a = sharded(tmp_path / "m"), sparse(1, names=("x.a.weight",))
+    shard = folder / "model-00001-of-00003.safetensors"
+    before = shard.read_bytes()
+    lt.switch(folder, on=[a])
+    with pytest.raises(UsageError, match="with its directory"):
+        lt.switch(shard, off=[a])
+    lt.switch(folder, off=[a])
+    assert shard.read_bytes() == before
+    lt.switch(shard, on=[a])
+    with pytest.raises(UsageError, match="by itself"):
+        lt.switch(folder, on=[sparse(2)])
+    lt.switch(shard, off=[a])
+    assert shard.read_bytes() == before
+
+
+def test_a_refused_switch_leaves_no_directory(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m")
+    with pytest.raises(MismatchError):
+        lt.switch(folder, off=[sparse(1)])
+    assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors"]
+
+
+def test_what_is_imported(tmp_path: Path) -> None:
+    """A native adapter is put on without the other formats: their imports would take longer than small switches."""
+    folder, path = model(tmp_path / "m"), saved(sparse(1), tmp_path / "a.safetensors")
+    code = "import sys, loratools as lt; lt.switch(sys.argv[1], on=[sys.argv[2]]); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(folder), str(path)], cwd=tmp_path, check=True,
+                          capture_output=True, text=True)  # fmt: skip
+    loaded = set(done.stdout.split())
+    assert "loratools.formats.native" in loaded
+    assert not loaded & {"torch", "scipy", "rich", "networkx", "loratools.formats.peft", "loratools.formats.kohya"}

@@ -32,7 +32,9 @@ from loratools.linalg.namespace import all_finite, cast, down, dtype_name, is_fl
 
 WEIGHT, INDICES = "shira_weight", "shira_indices"
 SHAPES = "loratools.shapes"
-_NATIVE = "the native format holds every sparse adapter (shira: --to native; extract: --format native, or --no-carry)"
+_NATIVE = (
+    "the native format holds every sparse adapter (shira, fuse: --to native; extract: --format native, or --no-carry)"
+)
 
 
 @peft_type("SHIRA")
