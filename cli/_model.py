@@ -26,8 +26,7 @@ class Shown:
 
     path: Path
     dry_run: bool
-    as_json: bool
-    quiet: bool
+    reporting: _options.Reporting
 
 
 def read(
@@ -114,10 +113,10 @@ def deliver(
     judged = gates.check(tuple(gate), report) if gate and not shown.dry_run else report
     failed = not all(check["ok"] for check in judged.checks)
     written = None if shown.dry_run or failed else shown.path
-    full = _session.described(judged, adapters, written, as_json=shown.as_json)
+    full = _session.described(judged, adapters, written, as_json=shown.reporting.as_json)
     full = full.with_(inputs=(*full.inputs, model_input(base)))
-    _show.show(full, as_json=shown.as_json, quiet=shown.quiet, columns=columns, worst=worst)
-    if not (shown.as_json or shown.quiet):
+    _show.show(full, shown.reporting, columns=columns, worst=worst)
+    if not shown.reporting.silent:
         click.echo("nothing written" if written is None else f"wrote {written}")
     return int(failed)
 

@@ -1,10 +1,11 @@
-"""Options that commands share, spelled once."""
+"""Options that commands share, spelled once; a group of them reaches its command as one record."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import click
 
@@ -21,6 +22,61 @@ STATS = click.option(
 )
 
 
+class Reading(NamedTuple):
+    """How the input is understood."""
+
+    format: str | None
+    base: str | None
+    allow_unknown: bool
+
+
+class Writing(NamedTuple):
+    """Where the result goes, and whether."""
+
+    output: Path | None
+    overwrite: bool
+    dtype: str | None
+    dry_run: bool
+    fail_on: str | None
+
+
+class Running(NamedTuple):
+    """How the work is done."""
+
+    seed: int
+    device: str
+    threads: int | None
+
+
+class Reporting(NamedTuple):
+    """How the report is shown."""
+
+    as_json: bool
+    quiet: bool
+
+    @property
+    def silent(self) -> bool:
+        """True where nothing but the report for programs, or nothing at all, is printed."""
+        return self.as_json or self.quiet
+
+
+def _together(record: Any, options: Sequence[Callable[[Any], Any]]) -> Callable[[C], C]:
+    """Return a decorator that adds options, in this order, and hands their values over as one record of its name."""
+    name = record.__name__.lower()
+
+    def decorate(command: C) -> C:
+        @functools.wraps(command)
+        def called(*args: Any, **said: Any) -> Any:
+            values = {field: said.pop(field) for field in record._fields}
+            return command(*args, **said, **{name: record(**values)})
+
+        for option in reversed(options):
+            called = option(called)
+        return called  # type: ignore[return-value]
+
+    return decorate
+
+
 def packing(command: C) -> C:
     """--expert-order: for whoever loads an adapter."""
     return click.option(
@@ -30,18 +86,6 @@ def packing(command: C) -> C:
         callback=_remember,
         help="How lora_B packs experts, where the file does not tell: PEFT rank-major, Unsloth expert-major.",
     )(command)
-
-
-def reading(command: C) -> C:
-    """--format, --base, --allow-unknown, --expert-order: how the input is understood."""
-    for option in (
-        packing,
-        click.option("--allow-unknown", is_flag=True, help="Carry tensors that no rule explains instead of refusing."),
-        click.option("--base", metavar="PATH|auto", help="Base model (file or directory); auto: the local hub cache."),
-        click.option("--format", "format", metavar="NAME", help="Read IN as this format instead of detecting it."),
-    ):
-        command = option(command)
-    return command
 
 
 def _remember(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
@@ -55,35 +99,35 @@ def expert_order() -> str | None:
     return None if context is None else context.meta.get(EXPERT_ORDER)
 
 
-def reporting(command: C) -> C:
-    """--json, --quiet: how the report is shown."""
-    for option in (
-        click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
-        click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object."),
-    ):
-        command = option(command)
-    return command
+reading = _together(
+    Reading,
+    (
+        click.option("--format", "format", metavar="NAME", help="Read IN as this format instead of detecting it."),
+        click.option("--base", metavar="PATH|auto", help="Base model (file or directory); auto: the local hub cache."),
+        click.option("--allow-unknown", is_flag=True, help="Carry tensors that no rule explains instead of refusing."),
+        packing,
+    ),
+)
+"""--format, --base, --allow-unknown, --expert-order."""
 
-
-def writing(command: C) -> C:
-    """-o, --overwrite, --dtype, --dry-run, --fail-on: where the result goes, and whether."""
-    for option in (
+writing = _together(
+    Writing,
+    (
+        click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write."),
+        click.option("--overwrite", is_flag=True, help="Replace an existing output."),
+        click.option("--dtype", type=click.Choice(DTYPES), help="Store factors in this dtype (default: as the input)."),
+        click.option("--dry-run", is_flag=True, help="Do everything but write."),
         click.option(
             "--fail-on", metavar="EXPR", help="Exit 1 and write nothing where true, e.g. 'relative_error>0.1'."
         ),
-        click.option("--dry-run", is_flag=True, help="Do everything but write."),
-        click.option("--dtype", type=click.Choice(DTYPES), help="Store factors in this dtype (default: as the input)."),
-        click.option("--overwrite", is_flag=True, help="Replace an existing output."),
-        click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write."),
-    ):
-        command = option(command)
-    return command
+    ),
+)
+"""-o, --overwrite, --dtype, --dry-run, --fail-on."""
 
-
-def running(command: C) -> C:
-    """--seed, --device, --threads: how the work is done."""
-    for option in (
-        click.option("--threads", type=click.IntRange(1), help="Threads to use (default: one per core)."),
+running = _together(
+    Running,
+    (
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random."),
         click.option(
             "--device",
             type=click.Choice(["cpu", "cuda", "auto"]),
@@ -91,7 +135,16 @@ def running(command: C) -> C:
             show_default=True,
             help="Where to compute.",
         ),
-        click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random."),
-    ):
-        command = option(command)
-    return command
+        click.option("--threads", type=click.IntRange(1), help="Threads to use (default: one per core)."),
+    ),
+)
+"""--seed, --device, --threads."""
+
+reporting = _together(
+    Reporting,
+    (
+        click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object."),
+        click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+    ),
+)
+"""--json, --quiet."""

@@ -12,6 +12,7 @@ import click
 
 from loratools import gates
 from loratools.cli import _options, _show
+from loratools.cli._options import Reading, Reporting, Running, Writing
 from loratools.core import pool
 from loratools.core.adapter import Adapter
 from loratools.errors import MissingExtraError, UsageError
@@ -21,19 +22,17 @@ from loratools.outputs import check_target
 from loratools.report import Report
 
 
-def read(
-    path: Path, *, format: str | None, base: str | None, allow_unknown: bool, device: str = "cpu"
-) -> tuple[Adapter, Base | None]:
+def read(path: Path, reading: Reading, device: str = "cpu") -> tuple[Adapter, Base | None]:
     """Load the adapter and open the base; ``--base auto`` needs the adapter's own word for it first."""
-    order = _options.expert_order()
-    if base == "auto":
+    unknown, order = reading.allow_unknown, _options.expert_order()
+    if reading.base == "auto":
         said = _said_base(path)
         if said is None:
-            said = load(path, format=format, allow_unknown=allow_unknown, expert_order=order).meta.base_id
+            said = load(path, format=reading.format, allow_unknown=unknown, expert_order=order).meta.base_id
         opened: Base | None = Base.open(_cached(said))
     else:
-        opened = None if base is None else Base.open(base)
-    adapter = load(path, format=format, base=opened, allow_unknown=allow_unknown, expert_order=order)
+        opened = None if reading.base is None else Base.open(reading.base)
+    adapter = load(path, format=reading.format, base=opened, allow_unknown=unknown, expert_order=order)
     return place(device)(adapter), opened
 
 
@@ -78,11 +77,11 @@ def _device(asked: str) -> str:
 
 
 @contextmanager
-def working(*, threads: int | None, quiet: bool, total_bytes: int) -> Iterator[None]:
+def working(running: Running, reporting: Reporting, *, total_bytes: int) -> Iterator[None]:
     """Set threads and show a progress bar on long work where a person watches stderr."""
     with (
-        pool.threads(threads),
-        _show.progress(total_bytes, enabled=not quiet and sys.stderr.isatty()) as tell,
+        pool.threads(running.threads),
+        _show.progress(total_bytes, enabled=not reporting.silent and sys.stderr.isatty()) as tell,
         pool.progress(tell),
     ):
         yield
@@ -92,16 +91,14 @@ class Target(NamedTuple):
     """Where a writing command puts its result, and how it tells about it."""
 
     path: Path
-    overwrite: bool
-    dry_run: bool
-    as_json: bool
-    quiet: bool
+    writing: Writing
+    reporting: Reporting
 
     def check(self, inputs: Sequence[Adapter]) -> None:
         """Raise before any work what saving would raise about the target."""
-        if not self.dry_run:
+        if not self.writing.dry_run:
             for adapter in inputs:
-                check_target(adapter, self.path, overwrite=self.overwrite)
+                check_target(adapter, self.path, overwrite=self.writing.overwrite)
 
 
 def deliver(
@@ -125,13 +122,14 @@ def deliver(
     assert result.report is not None
     report = gates.check(tuple(gate), result.report)
     failed = not all(check["ok"] for check in report.checks)
-    if to.dry_run:
+    if to.writing.dry_run:
         rehearse(result, base=base, **options)  # the writer refuses now what it would refuse then
-    written = None if to.dry_run or failed else save(result, to.path, base=base, overwrite=to.overwrite, **options)
-    report = described(report, inputs, written, as_json=to.as_json)
+    blocked = to.writing.dry_run or failed
+    written = None if blocked else save(result, to.path, base=base, overwrite=to.writing.overwrite, **options)
+    report = described(report, inputs, written, as_json=to.reporting.as_json)
     report = report.with_(inputs=(*report.inputs, *models))
-    _show.show(report, as_json=to.as_json, quiet=to.quiet, worst=worst, columns=columns)
-    if not (to.as_json or to.quiet):
+    _show.show(report, to.reporting, worst=worst, columns=columns)
+    if not to.reporting.silent:
         for line in more:
             click.echo(line)
         click.echo("nothing written" if written is None else f"wrote {written}")

@@ -16,14 +16,12 @@ from loratools.io.base import Base
 from loratools.linalg.namespace import device_of
 
 
-def read(
-    paths: Sequence[Path], *, format: str | None, base: str | None, allow_unknown: bool, device: str = "cpu"
-) -> tuple[list[Adapter], Base | None]:
+def read(paths: Sequence[Path], reading: _options.Reading, device: str = "cpu") -> tuple[list[Adapter], Base | None]:
     """Load all adapters; the base is opened once (``auto``: as the first one names it)."""
-    first, opened = _session.read(paths[0], format=format, base=base, allow_unknown=allow_unknown, device=device)
-    order = _options.expert_order()
+    first, opened = _session.read(paths[0], reading, device)
+    unknown, order = reading.allow_unknown, _options.expert_order()
     rest = [
-        load(path, format=format, base=opened, allow_unknown=allow_unknown, expert_order=order) for path in paths[1:]
+        load(path, format=reading.format, base=opened, allow_unknown=unknown, expert_order=order) for path in paths[1:]
     ]
     return [first, *(adapter if device == "cpu" else adapter.to(_place(first)) for adapter in rest)], opened
 

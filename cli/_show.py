@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from loratools.cli._options import Reporting
 from loratools.report import Report
 
 MOST_ROWS = 40
@@ -17,18 +18,18 @@ LONG_WORK_BYTES = 256 << 20
 Column = tuple[str, str, Callable[[Any], str]]  # figure, heading, how to print it
 
 
-def show(report: Report, *, as_json: bool, quiet: bool, columns: Sequence[Column], worst: str | None = None) -> None:
+def show(report: Report, how: Reporting, *, columns: Sequence[Column], worst: str | None = None) -> None:
     """Print a report: one JSON object, or a table of the modules (the worst where there are many) and the total."""
-    if as_json:
+    if how.as_json:
         click.echo(report.to_json())
         return
     for line in report.warnings:
-        if not quiet:
+        if not how.quiet:
             click.echo(f"warning: {line}", err=True)
     for failed in (check for check in report.checks if not check["ok"]):
         where = f" in {failed['module']}" if "module" in failed else ""
         click.echo(f"gate failed: {failed['expr']} (value {failed['value']:g}{where})", err=True)
-    if not quiet:
+    if not how.quiet:
         _table(report, columns, worst)
 
 

@@ -56,8 +56,7 @@ def command(
     dry_run: bool,
     settings: tuple[str, ...],
     sarif: Path | None,
-    as_json: bool,
-    quiet: bool,
+    reporting: _options.Reporting,
 ) -> int:
     """Tell what would go wrong with adapters in the programs that are to receive them.
 
@@ -85,7 +84,7 @@ def command(
         report = _fixed(files[0], names[0], output, opened, format, max_rank, overwrite, dry_run, settings)
     else:
         report = check(files, names, base=opened, format=format, max_rank=max_rank)
-    return _told(report, sarif, as_json=as_json, quiet=quiet)
+    return _told(report, sarif, reporting)
 
 
 def _base(base: str | None, files: Sequence[Path], format: str | None) -> Base | None:
@@ -94,7 +93,7 @@ def _base(base: str | None, files: Sequence[Path], format: str | None) -> Base |
     from loratools.io.base import Base
 
     if base == "auto":
-        return _session.read(files[0], format=format, base="auto", allow_unknown=True)[1]
+        return _session.read(files[0], _options.Reading(format, "auto", allow_unknown=True))[1]
     return None if base is None else Base.open(base)
 
 
@@ -136,7 +135,7 @@ def _settings(format: str, words: tuple[str, ...]) -> dict[str, Any]:
     return parsed_settings(format, words)
 
 
-def _told(report: Report, sarif: Path | None, *, as_json: bool, quiet: bool) -> int:
+def _told(report: Report, sarif: Path | None, how: _options.Reporting) -> int:
     import os
 
     from loratools.ops.check import items
@@ -147,9 +146,9 @@ def _told(report: Report, sarif: Path | None, *, as_json: bool, quiet: bool) -> 
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for line in workflow_commands(items(report)):
             click.echo(line, err=True)
-    if as_json:
+    if how.as_json:
         click.echo(_hashed(report).to_json())
-    elif not quiet:
+    elif not how.quiet:
         _print(report)
     return int(not all(check["ok"] for check in report.checks))
 

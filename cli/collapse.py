@@ -45,16 +45,9 @@ def command(
     omega: float | None,
     scale: float | None,
     to: str,
-    output: Path | None,
-    overwrite: bool,
-    dtype: str | None,
-    dry_run: bool,
-    fail_on: str | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    writing: _options.Writing,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Write the experts of a routed mixture (MixLoRA, ReMix, ...) as one ordinary adapter, for one routing.
 
@@ -68,17 +61,19 @@ def command(
     from loratools.errors import LoratoolsError
     from loratools.ops.collapse import collapse
 
-    gate = gates.parse(fail_on)
-    target = output or placed(path.absolute(), to, "collapsed")
-    shown = _session.Target(target, overwrite, dry_run, as_json, quiet)
+    gate = gates.parse(writing.fail_on)
+    target = writing.output or placed(path.absolute(), to, "collapsed")
+    shown = _session.Target(target, writing, reporting)
     try:
-        with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=0):
+        with _session.working(running, reporting, total_bytes=0):
             done = collapse(path, experts=_numbers(experts), mean=mean, routing=routing, logits=logits, top_k=top_k,
                             omega=omega, scale=scale)  # fmt: skip
     except LoratoolsError as error:
         raise error.at(file=path) from error
     shown.check([done])
-    return _session.deliver(done, [done], shown, gate, columns=COLUMNS, worst="spread_rms", format=to, dtype=dtype)
+    return _session.deliver(
+        done, [done], shown, gate, columns=COLUMNS, worst="spread_rms", format=to, dtype=writing.dtype
+    )
 
 
 def _numbers(text: str | None) -> list[int] | None:

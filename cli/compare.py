@@ -51,14 +51,9 @@ def command(
     plots: Path | None,
     overwrite: bool,
     fail_on: str | None,
-    format: str | None,
-    base: str | None,
-    allow_unknown: bool,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    reading: _options.Reading,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Compare adapters of one base in pairs: updates, subspaces, signs; and say what to fuse and what not.
 
@@ -76,20 +71,18 @@ def command(
     outputs = _pictures.Outputs(None, plots, None)
     outputs.check(overwrite=overwrite)
     files = _gather.gathered(paths)
-    adapters, opened = _several.read(files, format=format, base=base, allow_unknown=allow_unknown, device=device)
+    adapters, opened = _several.read(files, reading, running.device)
     work = sum(a.nbytes for a in adapters) * len(adapters)
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=work):
-        report = compare(adapters, base=opened, same_base=same_base, sample=sample, seed=seed)
-    report = gates.check(gate, _session.described(report, adapters, None, as_json=as_json))
+    with _session.working(running, reporting, total_bytes=work):
+        report = compare(adapters, base=opened, same_base=same_base, sample=sample, seed=running.seed)
+    report = gates.check(gate, _session.described(report, adapters, None, as_json=reporting.as_json))
     if plots is not None:
         from loratools.render.compare_plots import plots as draw
 
         draw(report, plots)
     columns = (*COLUMNS[:-1], *SPARSE, COLUMNS[-1]) if "awom" in report.total else COLUMNS
-    _show.show(
-        report if as_json else _paired(report), as_json=as_json, quiet=quiet, columns=columns, worst="interference"
-    )
-    if not (as_json or quiet):
+    _show.show(report if reporting.as_json else _paired(report), reporting, columns=columns, worst="interference")
+    if not reporting.silent:
         if report.modules:
             click.echo(f"signs on {sample} evenly spaced entries per module at most")
         for sentence in report.extra["recommendation"]:

@@ -74,19 +74,10 @@ def command(
     assume_split_alpha: bool,
     rename: tuple[str, ...],
     settings: tuple[str, ...],
-    format: str | None,
-    base: str | None,
-    allow_unknown: bool,
-    output: Path | None,
-    overwrite: bool,
-    dtype: str | None,
-    dry_run: bool,
-    fail_on: str | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    reading: _options.Reading,
+    writing: _options.Writing,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Write IN in another format, so that the receiving program applies exactly the same update.
 
@@ -101,17 +92,19 @@ def command(
     from loratools.files import load
     from loratools.ops.convert import convert
 
-    gate = gates.parse(fail_on)
+    gate = gates.parse(writing.fail_on)
     options, own = _parted(settings, to, type_)
-    adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
-    target = _session.Target(output or placed(path.absolute(), to, to), overwrite, dry_run or explain, as_json, quiet)
+    adapter, opened = _session.read(path, reading, running.device)
+    writing = writing._replace(dry_run=writing.dry_run or explain)
+    target = _session.Target(writing.output or placed(path.absolute(), to, to), writing, reporting)
     target.check([_as(adapter, to)])
     order = _options.expert_order()
-    first = None if initial is None else load(initial, base=opened, allow_unknown=allow_unknown, expert_order=order)
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
+    unknown = reading.allow_unknown
+    first = None if initial is None else load(initial, base=opened, allow_unknown=unknown, expert_order=order)
+    with _session.working(running, reporting, total_bytes=adapter.nbytes):
         done = convert(
             adapter, to, base=opened, lossy=lossy, scale=scale, rename=rename, split_alpha=assume_split_alpha,
-            type=type_, rank=rank, initial=first, altered_base=altered_base, seed=seed, **own,
+            type=type_, rank=rank, initial=first, altered_base=altered_base, seed=running.seed, **own,
         )  # fmt: skip
     if not explain:
         _check(done, to, opened, options)
@@ -124,7 +117,7 @@ def command(
         worst="relative_error",
         base=opened,
         format=to,
-        dtype=dtype,
+        dtype=writing.dtype,
         **options,
     )
 

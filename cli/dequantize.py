@@ -35,19 +35,10 @@ def command(
     to: str | None,
     like: Path | None,
     bits: int,
-    format: str | None,
-    base: str | None,
-    allow_unknown: bool,
-    output: Path | None,
-    overwrite: bool,
-    dtype: str | None,
-    dry_run: bool,
-    fail_on: str | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    reading: _options.Reading,
+    writing: _options.Writing,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Write IN, a quantised adapter, as plain factors (float16 unless --dtype) that every program loads.
 
@@ -60,7 +51,7 @@ def command(
     from loratools.files import load
     from loratools.ops.dequantise import dequantize
 
-    gate = gates.parse(fail_on)
+    gate = gates.parse(writing.fail_on)
     if like is not None:
         from loratools.formats.binary_bytes import from_bytes
         from loratools.io.output import read_bytes
@@ -68,11 +59,11 @@ def command(
         opened = None
         adapter = from_bytes(read_bytes(path), load(like), bits, path=path)
     else:
-        adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
+        adapter, opened = _session.read(path, reading, running.device)
     chosen = to or adapter.meta.source
-    target = output or placed(path.absolute(), chosen, "plain")
-    shown = _session.Target(target, overwrite, dry_run, as_json, quiet)
+    target = writing.output or placed(path.absolute(), chosen, "plain")
+    shown = _session.Target(target, writing, reporting)
     shown.check([written_as(adapter, chosen)])
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
-        done = dequantize(adapter, dtype=dtype or "float16")
+    with _session.working(running, reporting, total_bytes=adapter.nbytes):
+        done = dequantize(adapter, dtype=writing.dtype or "float16")
     return _session.deliver(done, [adapter], shown, gate, columns=COLUMNS, worst=None, base=opened, format=chosen)

@@ -63,14 +63,9 @@ def command(
     sarif: Path | None,
     overwrite: bool,
     fail_on: str | None,
-    format: str | None,
-    base: str | None,
-    allow_unknown: bool,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    reading: _options.Reading,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Say what an adapter is made of and, with --base, what it does to its base.
 
@@ -84,14 +79,14 @@ def command(
     from loratools.ops.diagnose import check_request, diagnose
     from loratools.ops.tally_diagnose import UNITS
 
-    if whole_model and base in (None, "auto"):
+    if whole_model and reading.base in (None, "auto"):
         raise UsageError("--whole-model needs the model it came from", hint="pass --base PATH")
     gate = gates.parse(fail_on, tuple(UNITS))
-    check_request(k=k, eps=eps, figures=[g.name for g in gate], with_base=base is not None)
+    check_request(k=k, eps=eps, figures=[g.name for g in gate], with_base=reading.base is not None)
     outputs = _pictures.Outputs(html, plots, sarif)
     outputs.check(overwrite=overwrite)
-    adapters, opened = _inputs(paths, whole_model, format=format, base=base, allow_unknown=allow_unknown, device=device)
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=_weight(adapters, opened)):
+    adapters, opened = _inputs(paths, whole_model, reading, running.device)
+    with _session.working(running, reporting, total_bytes=_weight(adapters, opened)):
         report = diagnose(
             adapters,
             base=opened,
@@ -101,41 +96,35 @@ def command(
             rank_curve=rank_curve,
             cache=cache,
             skip_missing=skip_missing,
-            seed=seed,
+            seed=running.seed,
         )
-    report = gates.check(gate, _session.described(report, adapters, None, as_json=as_json))
+    report = gates.check(gate, _session.described(report, adapters, None, as_json=reporting.as_json))
     outputs.write(report, gate, title=_title(paths))
-    if not (as_json or quiet):
+    if not reporting.silent:
         for sentence in report.extra["summary"]:
             click.echo(sentence)
         click.echo()
-    _show.show(report, as_json=as_json, quiet=quiet, columns=_filled(report.modules), worst="share")
-    if "rank_curve" in report.extra and not (as_json or quiet):
+    _show.show(report, reporting, columns=_filled(report.modules), worst="share")
+    if "rank_curve" in report.extra and not reporting.silent:
         _print_curve(report.extra["rank_curve"])
     _pictures.annotate(report, gate)
     return int(not all(check["ok"] for check in report.checks))
 
 
 def _inputs(
-    paths: Sequence[Path],
-    whole_model: bool,
-    *,
-    format: str | None,
-    base: str | None,
-    allow_unknown: bool,
-    device: str,
+    paths: Sequence[Path], whole_model: bool, reading: _options.Reading, device: str
 ) -> tuple[list[Adapter], Base | None]:
     from loratools.cli import _session
     from loratools.io.base import Base
     from loratools.ops.whole_model import whole_model as as_adapter
 
     if whole_model:
-        assert base is not None  # checked before
-        return [as_adapter(Base.open(path)) for path in paths], Base.open(base)
+        assert reading.base is not None  # checked before
+        return [as_adapter(Base.open(path)) for path in paths], Base.open(reading.base)
     opened = None
     adapters = []
     for path in paths:
-        adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
+        adapter, opened = _session.read(path, reading, device)
         adapters.append(adapter)
     return adapters, opened
 

@@ -77,16 +77,9 @@ def command(
     scope: str | None,
     keep_base: bool,
     format: str | None,
-    output: Path | None,
-    overwrite: bool,
-    dtype: str | None,
-    dry_run: bool,
-    fail_on: str | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    writing: _options.Writing,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Write the adapter that leads from BASE to TUNED: the best low-rank update of every changed matrix.
 
@@ -102,22 +95,21 @@ def command(
     from loratools.ops.extract import extract
     from loratools.ops.ranks import Target
 
-    gate = gates.parse(fail_on)
+    gate = gates.parse(writing.fail_on)
     words = {"density": density, "plus_lowrank": plus_lowrank, "mask": mask, "scope": scope}
     if sparse:
         dense = {"rank": rank, "energy": energy, "error": error, "max_rank": max_rank, "exact": exact or None}
         _only_sparse(dense)
-        return _sparse(base_path, tuned_path, words, keep_base, format, not no_carry, output, overwrite, dtype, dry_run,
-                       gate, seed, device, threads, as_json, quiet)  # fmt: skip
+        return _sparse(base_path, tuned_path, words, keep_base, format, not no_carry, gate, writing, running, reporting)
     _only_dense({**words, "keep_base": keep_base or None})
     format = format or "peft"
     suffix = Target.of(rank=rank, energy=energy, error=error, max_rank=max_rank).suffix
-    _model.cpu_only(device, "extract")
+    _model.cpu_only(running.device, "extract")
     base, tuned = _model.open_model(base_path), _model.open_model(tuned_path)
-    target = output or _model.default_output(tuned_path, f"lora-{suffix}").with_suffix("")
-    if not dry_run:
-        check_output(target, [base_path, tuned_path], overwrite)
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=_model.nbytes(tuned)):
+    target = writing.output or _model.default_output(tuned_path, f"lora-{suffix}").with_suffix("")
+    if not writing.dry_run:
+        check_output(target, [base_path, tuned_path], writing.overwrite)
+    with _session.working(running, reporting, total_bytes=_model.nbytes(tuned)):
         done = extract(
             base,
             tuned,
@@ -127,14 +119,14 @@ def command(
             max_rank=max_rank,
             exact=exact,
             carry=not no_carry,
-            dtype=dtype,
-            seed=seed,
+            dtype=writing.dtype,
+            seed=running.seed,
         )
     if not done:
         told = () if done.report is None else done.report.warnings
         raise MismatchError("there is nothing to write", file=tuned_path, expected="a model that differs from BASE",
                             got="; ".join(told) or "no parameter that differs")  # fmt: skip
-    to = _session.Target(target, overwrite, dry_run, as_json, quiet)
+    to = _session.Target(target, writing, reporting)
     assert done.report is not None
     return _session.deliver(done, [], to, gate, columns=COLUMNS, worst="relative_error", base=base, format=format,
                             models=[_model.model_input(base), _model.model_input(tuned)])  # fmt: skip
@@ -158,8 +150,7 @@ def _only_dense(given: Mapping[str, Any]) -> None:
 
 def _sparse(
     base_path: Path, tuned_path: Path, words: Mapping[str, Any], keep_base: bool, format: str | None, carry: bool,
-    output: Path | None, overwrite: bool, dtype: str | None, dry_run: bool, gate: Any, seed: int, device: str,
-    threads: int | None, as_json: bool, quiet: bool,
+    gate: Any, writing: _options.Writing, running: _options.Running, reporting: _options.Reporting,
 ) -> int:  # fmt: skip
     from loratools.cli import _model, _session
     from loratools.errors import UsageError
@@ -172,20 +163,20 @@ def _sparse(
     mask, scope = words["mask"] or "magnitude", words["scope"] or "module"
     to = format or ("native" if scope == "global" or words["plus_lowrank"] is not None or keep_base else "peft")
     Sparsity(words["density"], mask, scope, words["plus_lowrank"], to)
-    _model.cpu_only(device, "extract")
+    _model.cpu_only(running.device, "extract")
     base, tuned = _model.open_model(base_path), _model.open_model(tuned_path)
     plain = _model.default_output(tuned_path, f"shira{words['density']:g}").with_suffix("")
-    target = output or (plain if to == "peft" else plain.with_name(f"{plain.name}.safetensors"))
-    if not dry_run:
-        check_output(target, [base_path, tuned_path], overwrite)
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=_model.nbytes(tuned)):
+    target = writing.output or (plain if to == "peft" else plain.with_name(f"{plain.name}.safetensors"))
+    if not writing.dry_run:
+        check_output(target, [base_path, tuned_path], writing.overwrite)
+    with _session.working(running, reporting, total_bytes=_model.nbytes(tuned)):
         done = extract_sparse(
             base, tuned, density=words["density"], plus_lowrank=words["plus_lowrank"], mask=mask, scope=scope,
-            keep_base=keep_base, carry=carry, to=to, dtype=dtype, seed=seed,
+            keep_base=keep_base, carry=carry, to=to, dtype=writing.dtype, seed=running.seed,
         )  # fmt: skip
-    shown = _session.Target(target, overwrite, dry_run, as_json, quiet)
+    shown = _session.Target(target, writing, reporting)
     code = _session.deliver(done, [], shown, gate, columns=SPARSE, worst="relative_error", base=base, format=to,
                             models=[_model.model_input(base), _model.model_input(tuned)])  # fmt: skip
-    if not (as_json or quiet):
+    if not reporting.silent:
         _show.density(done.report)
     return code

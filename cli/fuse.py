@@ -64,19 +64,10 @@ def command(
     take: str | None,
     same_base: bool,
     to: str | None,
-    format: str | None,
-    base: str | None,
-    allow_unknown: bool,
-    output: Path | None,
-    overwrite: bool,
-    dtype: str | None,
-    dry_run: bool,
-    fail_on: str | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    reading: _options.Reading,
+    writing: _options.Writing,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Fuse adapters of one base into one, on their true updates.
 
@@ -92,31 +83,29 @@ def command(
     from loratools.ops.fuse_tally import UNITS
 
     if list_methods:
-        return _list(as_json=as_json)
+        return _list(as_json=reporting.as_json)
     _several.require(context, paths)
-    gate = gates.parse(fail_on, tuple(UNITS))
+    gate = gates.parse(writing.fail_on, tuple(UNITS))
     given = _several.settings(settings)
     FUSIONS[method].settings(given)  # a wrong method or parameter is refused before anything is opened
     weighted = _model.weights(weights, len(paths))
-    adapters, opened = _several.read(paths, format=format, base=base, allow_unknown=allow_unknown, device=device)
+    adapters, opened = _several.read(paths, reading, running.device)
     suffix = "fused" if method == "linear" else f"fused-{method}"
-    target = _session.Target(
-        output or default_output(paths[0], adapters[0], suffix), overwrite, dry_run, as_json, quiet
-    )
+    target = _session.Target(writing.output or default_output(paths[0], adapters[0], suffix), writing, reporting)
     target.check([written_as(a, to or adapters[0].meta.format) for a in adapters])
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=sum(a.nbytes for a in adapters)):
+    with _session.working(running, reporting, total_bytes=sum(a.nbytes for a in adapters)):
         done = fuse(
             adapters,
             method=method,
             weights=weighted,
             rank=_rank(rank),
             energy=energy,
-            dtype=dtype,
+            dtype=writing.dtype,
             base=opened,
             stats=stats or None,
             take=take,
             same_base=same_base,
-            seed=seed,
+            seed=running.seed,
             **given,
         )
     assert done.report is not None

@@ -40,14 +40,9 @@ def command(
     *,
     path: Path | None,
     kernels: bool,
-    format: str | None,
-    base: str | None,
-    allow_unknown: bool,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    reading: _options.Reading,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Print format, kinds, modules, ranks, scales, dtypes, sizes, base id, and what is odd about the file.
 
@@ -56,27 +51,27 @@ def command(
     if (path is None) != kernels:
         raise click.UsageError("give either IN or --kernels")
     if path is None:
-        return _kernels(as_json=as_json, quiet=quiet)
+        return _kernels(reporting)
     from loratools.cli import _session
     from loratools.ops.info import info
 
-    adapter, _ = _session.read(path, format=format, base=base, allow_unknown=True)  # unknown keys are told, not refused
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
+    adapter, _ = _session.read(path, reading._replace(allow_unknown=True))  # unknown keys are told, not refused
+    with _session.working(running, reporting, total_bytes=adapter.nbytes):
         found = info(adapter)
-    report = _session.described(found, [adapter], None, as_json=as_json)
-    if not (as_json or quiet):
+    report = _session.described(found, [adapter], None, as_json=reporting.as_json)
+    if not reporting.silent:
         _show.summary(_facts(report.total))
-    _show.show(report, as_json=as_json, quiet=quiet, columns=COLUMNS, worst="bytes")
+    _show.show(report, reporting, columns=COLUMNS, worst="bytes")
     return 0
 
 
-def _kernels(*, as_json: bool, quiet: bool) -> int:
+def _kernels(how: _options.Reporting) -> int:
     from loratools.ops.kernels import kernels
 
     report = kernels()
-    if not (as_json or quiet):
+    if not how.silent:
         _show.summary({"mode": report.total["mode"], "device": report.total["device"] or "no GPU"})
-    _show.show(report, as_json=as_json, quiet=quiet, columns=KERNEL_COLUMNS)
+    _show.show(report, how, columns=KERNEL_COLUMNS)
     return 0
 
 

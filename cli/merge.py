@@ -61,11 +61,8 @@ def command(
     overwrite: bool,
     dry_run: bool,
     fail_on: str | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Write BASE with every IN added: W' = W + sum of weight * (update of W), in fp32, rounded once.
 
@@ -79,17 +76,17 @@ def command(
 
     gate = gates.parse(fail_on)
     base, adapters = _model.read(
-        base_path, paths, format=format, allow_unknown=allow_unknown, allow_fp8=requantise, device=device
+        base_path, paths, format=format, allow_unknown=allow_unknown, allow_fp8=requantise, device=running.device
     )
     target = output or _model.default_output(base_path, "merged")
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=_model.nbytes(base)):
+    with _session.working(running, reporting, total_bytes=_model.nbytes(base)):
         report = merge(
             base,
             adapters,
             target,
             weights=_model.weights(weights, len(paths)),
             rounding=rounding,
-            seed=seed,
+            seed=running.seed,
             measure=not no_measure,
             undo_file=undo,
             resume=resume,
@@ -100,5 +97,5 @@ def command(
             dry_run=dry_run,
             accept=_model.accepts(gate),
         )
-    return _model.deliver(report, base, adapters, gate, _model.Shown(target, dry_run, as_json, quiet), COLUMNS,
+    return _model.deliver(report, base, adapters, gate, _model.Shown(target, dry_run, reporting), COLUMNS,
                           worst="rounding_loss")  # fmt: skip

@@ -59,19 +59,10 @@ def command(
     raw: bool,
     advise: bool,
     stats: str | None,
-    format: str | None,
-    base: str | None,
-    allow_unknown: bool,
-    output: Path | None,
-    overwrite: bool,
-    dtype: str | None,
-    dry_run: bool,
-    fail_on: str | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    reading: _options.Reading,
+    writing: _options.Writing,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Write IN in few bits per weight, with the least error that the bytes allow.
 
@@ -86,33 +77,33 @@ def command(
     from loratools.ops.quantise import quantize
     from loratools.ops.quantise_budget import Budget
 
-    gate = gates.parse(fail_on)
+    gate = gates.parse(writing.fail_on)
     if advise:
-        idle = {"bits": bits, "avg-bits": avg_bits, "size": size, "raw": raw, "stats": stats, "output": output,
-                "overwrite": overwrite, "dry-run": dry_run, "scheme": scheme != "lowbit"}  # fmt: skip
+        idle = {"bits": bits, "avg-bits": avg_bits, "size": size, "raw": raw, "stats": stats, "output": writing.output,
+                "overwrite": writing.overwrite, "dry-run": writing.dry_run, "scheme": scheme != "lowbit"}  # fmt: skip
         _alone([name for name, value in idle.items() if value not in (None, False)])
-    if dtype is not None:
-        raise UsageError("packed codes have no dtype", got=f"--dtype {dtype}", hint="leave it out")
+    if writing.dtype is not None:
+        raise UsageError("packed codes have no dtype", got=f"--dtype {writing.dtype}", hint="leave it out")
     if raw and scheme != "binary-adapter":
         raise UsageError("--raw is the layout of one scheme", expected="--scheme binary-adapter", got=scheme)
     words: dict[str, Any] = {"bits": bits, "avg_bits": avg_bits, "size": size, "group": group, "scheme": scheme}
     budget = None if advise else Budget(**words)  # contradictions are refused before anything is opened
-    adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
+    adapter, opened = _session.read(path, reading, running.device)
     if advise:
-        return _advised(adapter, group, gate, threads, as_json, quiet)
+        return _advised(adapter, group, gate, running, reporting)
     assert budget is not None
     suffix = f"{budget.suffix}.bin" if raw else budget.suffix
-    target = output or (placed(path.absolute(), "native", suffix).with_suffix("") if raw else placed(
+    target = writing.output or (placed(path.absolute(), "native", suffix).with_suffix("") if raw else placed(
         path.absolute(), "native", suffix))  # fmt: skip
-    shown = _session.Target(target, overwrite, dry_run, as_json, quiet)
+    shown = _session.Target(target, writing, reporting)
     shown.check([written_as(adapter, "native")])
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
+    with _session.working(running, reporting, total_bytes=adapter.nbytes):
         done = quantize(adapter, **words, stats=stats, base=opened)
     if raw:
         return _raw(done, adapter, shown, gate)
     columns = COLUMNS if stats is None else (*COLUMNS[:5], WEIGHTED, *COLUMNS[5:])
     code = _session.deliver(done, [adapter], shown, gate, columns=columns, worst="relative_error", format="native")
-    if not (as_json or quiet):
+    if not reporting.silent:
         _neighbours(done.report)
     return code
 
@@ -125,15 +116,15 @@ def _alone(given: list[str]) -> None:
         raise UsageError("--advise tries every budget and writes nothing", got=f"--{given[0]}", hint="leave it out")
 
 
-def _advised(adapter: Any, group: int, gate: Any, threads: int | None, as_json: bool, quiet: bool) -> int:
+def _advised(adapter: Any, group: int, gate: Any, running: _options.Running, reporting: _options.Reporting) -> int:
     from loratools import gates
     from loratools.cli import _session
     from loratools.ops.advise import advise
 
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
+    with _session.working(running, reporting, total_bytes=adapter.nbytes):
         report = gates.check(tuple(gate), advise(adapter, group=group))
-    report = _session.described(report, [adapter], None, as_json=as_json)
-    _show.show(report, as_json=as_json, quiet=quiet, columns=FRONTIER)
+    report = _session.described(report, [adapter], None, as_json=reporting.as_json)
+    _show.show(report, reporting, columns=FRONTIER)
     return int(not all(check["ok"] for check in report.checks))
 
 
@@ -147,11 +138,11 @@ def _raw(done: Any, adapter: Any, shown: Any, gate: Any) -> int:
     report = gates.check(tuple(gate), done.report)
     failed = not all(check["ok"] for check in report.checks)
     written = None
-    if not (shown.dry_run or failed):
-        written = write_bytes(shown.path, to_bytes(done), overwrite=shown.overwrite)
-    report = _session.described(report, [adapter], written, as_json=shown.as_json)
-    _show.show(report, as_json=shown.as_json, quiet=shown.quiet, columns=COLUMNS, worst="relative_error")
-    if not (shown.as_json or shown.quiet):
+    if not (shown.writing.dry_run or failed):
+        written = write_bytes(shown.path, to_bytes(done), overwrite=shown.writing.overwrite)
+    report = _session.described(report, [adapter], written, as_json=shown.reporting.as_json)
+    _show.show(report, shown.reporting, columns=COLUMNS, worst="relative_error")
+    if not shown.reporting.silent:
         click.echo("nothing written" if written is None else f"wrote {written}")
     return int(failed)
 

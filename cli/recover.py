@@ -38,19 +38,10 @@ def command(
     rank: int | None,
     energy: float | None,
     error: float | None,
-    format: str | None,
-    base: str | None,
-    allow_unknown: bool,
-    output: Path | None,
-    overwrite: bool,
-    dtype: str | None,
-    dry_run: bool,
-    fail_on: str | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    reading: _options.Reading,
+    writing: _options.Writing,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Write the adapter of the original base that does what IN does on the base it was trained on.
 
@@ -67,25 +58,27 @@ def command(
     from loratools.ops import altered, loram, loram_index
     from loratools.ops.squeeze import squeeze
 
-    gate = gates.parse(fail_on)
-    _model.cpu_only(device, "recover")
-    known = None if index is not None else base  # a pruned adapter does not fit its full base yet
-    adapter, opened = _session.read(path, format=format, base=known, allow_unknown=allow_unknown)
-    to = _session.Target(output or default_output(path, adapter, "plain"), overwrite, dry_run, as_json, quiet)
+    gate = gates.parse(writing.fail_on)
+    _model.cpu_only(running.device, "recover")
+    known = None if index is not None else reading.base  # a pruned adapter does not fit its full base yet
+    adapter, opened = _session.read(path, reading._replace(base=known))
+    to = _session.Target(writing.output or default_output(path, adapter, "plain"), writing, reporting)
     to.check([adapter])
     inputs = [adapter]
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
+    with _session.working(running, reporting, total_bytes=adapter.nbytes):
         if index is not None:
-            opened = None if base is None else _model.open_model(Path(base))
+            opened = None if reading.base is None else _model.open_model(Path(reading.base))
             done = loram.scatter(adapter, loram_index.read_index(index, adapter, opened))
         else:
-            first = None if initial is None else load(initial, format=format, base=opened, allow_unknown=allow_unknown)
+            first = None
+            if initial is not None:
+                first = load(initial, format=reading.format, base=opened, allow_unknown=reading.allow_unknown)
             inputs += [] if first is None else [first]
             done = altered.recover(adapter, initial=first, base=opened)
         report = done.report
         if (rank, energy, error) != (None, None, None):
             done = squeeze(done, rank=rank, energy=energy, error=error)
-        if dtype is not None:
+        if (dtype := writing.dtype) is not None:
             done = done.map(lambda _, u: cast(u, dtype))
     done = replace(done, report=report)
     return _session.deliver(done, inputs, to, gate, columns=COLUMNS, worst=None, base=opened)

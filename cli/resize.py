@@ -25,19 +25,10 @@ def command(
     rank: int,
     stats: str | None,
     allow_nonfinite: bool,
-    format: str | None,
-    base: str | None,
-    allow_unknown: bool,
-    output: Path | None,
-    overwrite: bool,
-    dtype: str | None,
-    dry_run: bool,
-    fail_on: str | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    reading: _options.Reading,
+    writing: _options.Writing,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Write IN with exactly the given rank in every module.
 
@@ -50,11 +41,13 @@ def command(
     from loratools.ops.ranks import Target
     from loratools.ops.resize import resize
 
-    gate = gates.parse(fail_on)
+    gate = gates.parse(writing.fail_on)
     suffix = Target(rank=rank).suffix
-    adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
-    to = _session.Target(output or default_output(path, adapter, suffix), overwrite, dry_run, as_json, quiet)
+    adapter, opened = _session.read(path, reading, running.device)
+    to = _session.Target(writing.output or default_output(path, adapter, suffix), writing, reporting)
     to.check([adapter])
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
-        done = resize(adapter, rank=rank, dtype=dtype, base=opened, allow_nonfinite=allow_nonfinite, stats=stats)
+    with _session.working(running, reporting, total_bytes=adapter.nbytes):
+        done = resize(
+            adapter, rank=rank, dtype=writing.dtype, base=opened, allow_nonfinite=allow_nonfinite, stats=stats
+        )
     return _session.deliver(done, [adapter], to, gate, columns=columns(stats), worst="relative_error", base=opened)

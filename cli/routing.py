@@ -26,7 +26,7 @@ COLUMNS: tuple[_show.Column, ...] = (
 @click.option("--top-k", type=int, metavar="K", help="The router keeps K experts per token.")
 @click.option("--fail-on", metavar="EXPR", help="Exit 1 where true, e.g. 'effective_experts<2'.")
 @_options.reporting
-def command(*, path: Path, logits: bool, top_k: int | None, fail_on: str | None, as_json: bool, quiet: bool) -> int:
+def command(*, path: Path, logits: bool, top_k: int | None, fail_on: str | None, reporting: _options.Reporting) -> int:
     """Tell from a file of router weights, tensors (tokens, experts), how many experts each router really uses.
 
     The effective number of a token is (sum w)^2 / sum w^2: 1 for one expert, n for n equal ones.
@@ -42,5 +42,5 @@ def command(*, path: Path, logits: bool, top_k: int | None, fail_on: str | None,
         raise error.at(file=path) from error
     report = gates.check(tuple(gate), found)
     report = report.with_(inputs=({"path": str(path), "format": "routing", "sha256": None},))
-    _show.show(report, as_json=as_json, quiet=quiet, columns=COLUMNS, worst="at_most_two")
+    _show.show(report, reporting, columns=COLUMNS, worst="at_most_two")
     return int(not all(check["ok"] for check in report.checks))

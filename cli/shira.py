@@ -55,19 +55,10 @@ def command(
     plus_lowrank: int | None,
     to: str | None,
     keep_base: bool,
-    format: str | None,
-    base: str | None,
-    allow_unknown: bool,
-    output: Path | None,
-    overwrite: bool,
-    dtype: str | None,
-    dry_run: bool,
-    fail_on: str | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    reading: _options.Reading,
+    writing: _options.Writing,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Write IN as the few entries of its update that matter most, at their places in the weights.
 
@@ -80,18 +71,18 @@ def command(
     from loratools.cli._names import placed, written_as
     from loratools.ops.sparsify import Sparsity, shira
 
-    gate = gates.parse(fail_on)
+    gate = gates.parse(writing.fail_on)
     to = to or ("native" if scope == "global" or plus_lowrank is not None or keep_base else "peft")
     Sparsity(density, mask, scope, plus_lowrank, to)  # contradictions are refused before anything is opened
-    adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
+    adapter, opened = _session.read(path, reading, running.device)
     words: dict[str, Any] = {"density": density, "mask": mask, "scope": scope, "plus_lowrank": plus_lowrank}
-    target = output or placed(path.absolute(), to, f"shira{density:g}")
-    shown = _session.Target(target, overwrite, dry_run, as_json, quiet)
+    target = writing.output or placed(path.absolute(), to, f"shira{density:g}")
+    shown = _session.Target(target, writing, reporting)
     shown.check([written_as(adapter, to)])
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
-        done = shira(adapter, **words, base=opened, keep_base=keep_base, to=to, dtype=dtype, seed=seed)
+    with _session.working(running, reporting, total_bytes=adapter.nbytes):
+        done = shira(adapter, **words, base=opened, keep_base=keep_base, to=to, dtype=writing.dtype, seed=running.seed)
     code = _session.deliver(done, [adapter], shown, gate, columns=COLUMNS, worst="relative_error", base=opened,
                             format=to)  # fmt: skip
-    if not (as_json or quiet):
+    if not reporting.silent:
         _show.density(done.report)
     return code

@@ -44,19 +44,10 @@ def command(
     scale_rule: str,
     block_size: int | None,
     to: str | None,
-    format: str | None,
-    base: str | None,
-    allow_unknown: bool,
-    output: Path | None,
-    overwrite: bool,
-    dtype: str | None,
-    dry_run: bool,
-    fail_on: str | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    reading: _options.Reading,
+    writing: _options.Writing,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Write the leading N channels of a nested adapter (DyLoRA, MatryoshkaLoRA, squeeze --nested).
 
@@ -69,13 +60,21 @@ def command(
     from loratools.cli._names import placed
     from loratools.ops.slice import UNITS, slice
 
-    gate = gates.parse(fail_on, tuple(UNITS))
-    adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
+    gate = gates.parse(writing.fail_on, tuple(UNITS))
+    adapter, opened = _session.read(path, reading, running.device)
     to = to or ("peft" if adapter.meta.source == "matryoshka" else adapter.meta.format)
-    target = _session.Target(output or placed(path.absolute(), to, f"r{rank}"), overwrite, dry_run, as_json, quiet)
+    target = _session.Target(writing.output or placed(path.absolute(), to, f"r{rank}"), writing, reporting)
     target.check([adapter])
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
+    with _session.working(running, reporting, total_bytes=adapter.nbytes):
         done = slice(adapter, rank=rank, scale_rule=scale_rule, block_size=block_size)
     return _session.deliver(
-        done, [adapter], target, gate, columns=COLUMNS, worst="prefix_error", base=opened, format=to, dtype=dtype
+        done,
+        [adapter],
+        target,
+        gate,
+        columns=COLUMNS,
+        worst="prefix_error",
+        base=opened,
+        format=to,
+        dtype=writing.dtype,
     )

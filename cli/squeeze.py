@@ -67,19 +67,10 @@ def command(
     method: str | None,
     keep_alpha: bool,
     allow_nonfinite: bool,
-    format: str | None,
-    base: str | None,
-    allow_unknown: bool,
-    output: Path | None,
-    overwrite: bool,
-    dtype: str | None,
-    dry_run: bool,
-    fail_on: str | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    reading: _options.Reading,
+    writing: _options.Writing,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Write the adapter of lower rank that is nearest to IN.
 
@@ -93,7 +84,7 @@ def command(
     from loratools.ops.ranks import Target
     from loratools.ops.squeeze import check_method, squeeze
 
-    gate = gates.parse(fail_on)
+    gate = gates.parse(writing.fail_on)
     words: dict[str, Any] = {
         "rank": rank,
         "energy": energy,
@@ -107,19 +98,19 @@ def command(
     }
     target = Target.of(**words)  # contradictions are refused before anything is opened
     check_method(method, target, weighted=stats is not None)
-    adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
-    to = _session.Target(output or default_output(path, adapter, target.suffix), overwrite, dry_run, as_json, quiet)
+    adapter, opened = _session.read(path, reading, running.device)
+    to = _session.Target(writing.output or default_output(path, adapter, target.suffix), writing, reporting)
     to.check([adapter])
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=adapter.nbytes):
+    with _session.working(running, reporting, total_bytes=adapter.nbytes):
         done = squeeze(
             adapter,
             **words,
-            dtype=dtype,
+            dtype=writing.dtype,
             base=opened,
             keep_alpha=keep_alpha,
             allow_nonfinite=allow_nonfinite,
             stats=stats,
             method=method,
-            seed=seed,
+            seed=running.seed,
         )
     return _session.deliver(done, [adapter], to, gate, columns=columns(stats), worst="relative_error", base=opened)

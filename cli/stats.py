@@ -61,11 +61,8 @@ def command(
     overwrite: bool,
     dry_run: bool,
     fail_on: str | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Run samples through MODEL and write the second moments of what its linear layers see.
 
@@ -88,9 +85,9 @@ def command(
     target = output or _model.default_output(path, "stats").with_suffix(".safetensors")
     if not dry_run:
         check_output(target, inputs=[path, *(p for p in (tensors, text) if p is not None)], overwrite=overwrite)
-    where = _session._device(device)
+    where = _session._device(running.device)
     wanted = None if adapter is None else _modules(adapter, base)
-    _threads(threads)
+    _threads(running.threads)
     model = load_model(path, device=where)
     if tensors is not None:
         batches = tensor_batches(tensors, batch=batch, device=where)
@@ -101,10 +98,10 @@ def command(
     report = gates.check(gate, _report(found))
     failed = not all(check["ok"] for check in report.checks)
     written = None if dry_run or failed else save_stats(found, target, overwrite=overwrite)
-    full = _session.described(report, [], written, as_json=as_json)
+    full = _session.described(report, [], written, as_json=reporting.as_json)
     full = full.with_(inputs=(_model.model_input(base),))
-    _show.show(full, as_json=as_json, quiet=quiet, columns=_filled(gradients), worst="peak")
-    if not (as_json or quiet):
+    _show.show(full, reporting, columns=_filled(gradients), worst="peak")
+    if not reporting.silent:
         click.echo("nothing written" if written is None else f"wrote {written}")
     return int(failed)
 

@@ -25,7 +25,7 @@ COLUMNS: tuple[_show.Column, ...] = (
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @_options.reporting
 def command(
-    *, model_path: Path, on: tuple[Path, ...], off: tuple[Path, ...], dry_run: bool, as_json: bool, quiet: bool
+    *, model_path: Path, on: tuple[Path, ...], off: tuple[Path, ...], dry_run: bool, reporting: _options.Reporting
 ) -> int:
     """Put sparse adapters on in MODEL's safetensors files, in place, and take others off.
 
@@ -36,10 +36,10 @@ def command(
     from loratools.ops.switch import switch
 
     report = switch(model_path, on=on, off=off, dry_run=dry_run)
-    if as_json:
+    if reporting.as_json:
         report = report.with_(inputs=({"path": str(model_path), "format": "model"},))
-    _show.show(report, as_json=as_json, quiet=quiet, columns=COLUMNS, worst="entries")
-    if not (as_json or quiet):
+    _show.show(report, reporting, columns=COLUMNS, worst="entries")
+    if not reporting.silent:
         labels = report.extra["on"]
         if dry_run:
             click.echo("nothing written")

@@ -41,19 +41,10 @@ def command(
     k: int,
     eps: float,
     skip_missing: bool,
-    format: str | None,
-    base: str | None,
-    allow_unknown: bool,
-    output: Path | None,
-    overwrite: bool,
-    dtype: str | None,
-    dry_run: bool,
-    fail_on: str | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    reading: _options.Reading,
+    writing: _options.Writing,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Write IN with its intruder dimensions scaled down.
 
@@ -66,15 +57,15 @@ def command(
     from loratools.errors import NeedsBaseError
     from loratools.ops.tame import UNITS, check_request, tame
 
-    gate = gates.parse(fail_on, tuple(UNITS))
+    gate = gates.parse(writing.fail_on, tuple(UNITS))
     check_request(lam=lam, k=k, eps=eps)
-    adapter, opened = _session.read(path, format=format, base=base, allow_unknown=allow_unknown, device=device)
+    adapter, opened = _session.read(path, reading, running.device)
     if opened is None:
         raise NeedsBaseError("intruders are those of an update in its base", hint="pass --base")
-    to = _session.Target(output or default_output(path, adapter, "tamed"), overwrite, dry_run, as_json, quiet)
+    to = _session.Target(writing.output or default_output(path, adapter, "tamed"), writing, reporting)
     to.check([adapter])
     size = sum(4 * u.shape[0] * u.shape[-1] for u in adapter.values() if u.shape)
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=size):
+    with _session.working(running, reporting, total_bytes=size):
         done = tame(
             adapter,
             base=opened,
@@ -84,8 +75,8 @@ def command(
             k=k,
             eps=eps,
             skip_missing=skip_missing,
-            seed=seed,
+            seed=running.seed,
         )
     return _session.deliver(
-        done, [adapter], to, gate, columns=COLUMNS, worst="relative_change", base=opened, dtype=dtype
+        done, [adapter], to, gate, columns=COLUMNS, worst="relative_change", base=opened, dtype=writing.dtype
     )

@@ -50,11 +50,8 @@ def command(
     overwrite: bool,
     dry_run: bool,
     fail_on: str | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    running: _options.Running,
+    reporting: _options.Reporting,
 ) -> int:
     """Write MERGED without what every IN added to it.
 
@@ -67,10 +64,10 @@ def command(
     from loratools.ops.unmerge import unmerge
 
     gate = gates.parse(fail_on)
-    _model.cpu_only(device, "unmerge")
+    _model.cpu_only(running.device, "unmerge")
     base, adapters = _model.read(base_path, paths, format=format, allow_unknown=allow_unknown)
     target = output or _model.default_output(base_path, "unmerged")
-    with _session.working(threads=threads, quiet=quiet or as_json, total_bytes=_model.nbytes(base)):
+    with _session.working(running, reporting, total_bytes=_model.nbytes(base)):
         report = unmerge(
             base,
             adapters,
@@ -83,5 +80,5 @@ def command(
             dry_run=dry_run,
             accept=_model.accepts(gate),
         )
-    return _model.deliver(report, base, adapters, gate, _model.Shown(target, dry_run, as_json, quiet), COLUMNS,
+    return _model.deliver(report, base, adapters, gate, _model.Shown(target, dry_run, reporting), COLUMNS,
                           worst="relative_roundtrip_error")  # fmt: skip
