@@ -21,7 +21,7 @@ from loratools.kernels.gram import NOISE, grams
 from loratools.kernels.target import Tensor, usable
 from loratools.kernels.thin import thin
 from loratools.linalg import factored
-from loratools.linalg.cores import BALANCE, EXCESS
+from loratools.linalg.cores import Cores, figures, trusted
 from loratools.linalg.factored import Choose, Truncation
 from loratools.linalg.gram import FP32, FP64, Precision
 
@@ -37,19 +37,10 @@ class Module(NamedTuple):
     scale: float
     choose: Choose
 
-
-class Cores(NamedTuple):
-    """Spectra of a batch of modules of one rank R, and what their factors are made of: see linalg.cores.Cores.
-
-    ``s (batch, R)`` descending, zeros beyond min(R, m, n); ``lv``, ``gb (batch, R, R)``; ``gauge (batch, R)``;
-    ``noise (batch,)``, NaN where the Gram matrices broke down.
-    """
-
-    s: Tensor
-    lv: Tensor
-    gb: Tensor
-    gauge: Tensor
-    noise: Tensor
+    @property
+    def count(self) -> int:
+        """How many singular values the product has."""
+        return min(*self.b.shape, *self.a.shape)
 
 
 def accepts(pairs: Sequence[Any], scales: Sequence[float], chooses: Sequence[Choose]) -> bool:
@@ -80,33 +71,28 @@ def fused_truncate(
 
 
 def _by_form(modules: Sequence[Module]) -> list[list[Module]]:
-    """Group by rank and dtype: shapes may differ within a launch."""
+    """Group by rank, number of singular values and dtype: shapes may differ within a launch."""
     groups: dict[Any, list[Module]] = {}
     for x in modules:
-        groups.setdefault((x.b.shape[1], x.b.dtype, x.a.dtype), []).append(x)
+        groups.setdefault((x.b.shape[1], x.count, x.b.dtype, x.a.dtype), []).append(x)
     return list(groups.values())
 
 
 def _truncated(group: Sequence[Module], precision: Precision) -> dict[int, Truncation]:
     """Return the truncations, by place, of those modules of a group that this precision can be trusted with."""
-    counts = np.array([min(*x.b.shape, *x.a.shape) for x in group])
-    scale, count = torch.tensor([[x.scale for x in group], counts.tolist()], dtype=torch.float64).to(group[0].b.device)
+    scale, count = torch.tensor([x.scale for x in group], dtype=torch.float64).to(group[0].b.device), group[0].count
     found = _cores(*_grams(group, precision), scale, count, precision)
     told = torch.cat([found.noise[:, None], found.s], 1).cpu().numpy()  # the one question to the device
     noise, s = told[:, 0], told[:, 1:]
-    ranks = [x.choose(s[i, : counts[i]]) if np.isfinite(noise[i]) and noise[i] > 0 else 0 for i, x in enumerate(group)]
-    fine = _trusted(group, s, noise, counts, np.array(ranks))
+    ranks = [x.choose(s[i]) if noise[i] > 0 else 0 for i, x in enumerate(group)]
+    fine = trusted(s, noise, ranks, [x.choose for x in group])
     kept = [i for i in range(len(group)) if fine[i]]
     if not kept:
         return {}
     talls, wides = _factors([group[i] for i in kept], [ranks[i] for i in kept], found, kept, precision)
-    energy, error = _figures(s, ranks)
-    spectra = found.s.unbind()
-    route = f"gram{precision.dtype[-2:]}"
+    held, spectra, route = figures(s, ranks), found.s.unbind(), f"gram{precision.dtype[-2:]}"
     return {
-        group[i].place: Truncation(
-            tall, wide, spectra[i][: counts[i]], ranks[i], float(energy[i]), float(error[i]), route
-        )
+        group[i].place: Truncation(tall, wide, spectra[i], ranks[i], *held[i], route)
         for i, tall, wide in zip(kept, talls, wides, strict=True)
     }
 
@@ -126,11 +112,8 @@ def _grams(group: Sequence[Module], precision: Precision) -> tuple[Tensor, Tenso
     return gb[:, :rank, :rank], ga[:, :rank, :rank]
 
 
-def _cores(gb: Tensor, ga: Tensor, scale: Tensor, counts: Tensor, precision: Precision) -> Cores:
-    """Return the spectra: :func:`loratools.linalg.cores.spectra` for a batch, without a synchronisation.
-
-    ``scale (batch,)``; ``counts (batch,)``: how many values each product has.
-    """
+def _cores(gb: Tensor, ga: Tensor, scale: Tensor, count: int, precision: Precision) -> Cores:
+    """Do what :func:`loratools.linalg.cores.of_grams` does, without a synchronisation; noise is NaN for zero, too."""
     nb, na = (torch.diagonal(g, dim1=-2, dim2=-1) for g in (gb, ga))
     faint_b, faint_a = nb < precision.faint, na < precision.faint
     fine = (torch.isfinite(nb) & torch.isfinite(na) & (faint_b == faint_a)).all(-1) & (~faint_b).any(-1)
@@ -150,32 +133,8 @@ def _cores(gb: Tensor, ga: Tensor, scale: Tensor, counts: Tensor, precision: Pre
     fine = fine & ((failed == 0) | (still == 0)) & (size > 0)
     core = torch.where(fine[:, None, None], root.mT @ gb @ root, unit)
     _, energies, v, converged = jacobi.svd((core + core.mT) / 2)
-    within = torch.arange(energies.shape[-1], device=gb.device) < counts[:, None]
-    s = torch.sqrt(torch.where(within, energies, 0.0))
     noise = torch.where(fine & converged, precision.noise * size, torch.nan)
-    return Cores(s, root @ v, gb, gauge, noise)
-
-
-def _trusted(group: Sequence[Module], s: Any, noise: Any, counts: Any, ranks: Any) -> Any:
-    """Return for every module what :func:`loratools.linalg.cores.trusted` tells; False where it broke down."""
-    fine = ranks > 0
-    noise = np.where(fine, noise, 0.0)
-    energies = s**2
-    lane = np.arange(s.shape[1])
-    kept = lane < ranks[:, None]
-    total, tail = energies.sum(1), np.where(kept, 0.0, energies).sum(1)
-    last = energies[np.arange(len(s)), np.maximum(ranks, 1) - 1]
-    fine &= noise <= BALANCE * last
-    inverse = np.where(kept & (energies > 0), 1 / np.where(energies > 0, energies, 1.0), 0.0).sum(1)
-    fine &= np.sqrt(tail + noise**2 * inverse) - np.sqrt(tail) <= EXCESS * np.sqrt(total)
-    rest = noise * np.minimum(ranks, counts - ranks)
-    fine &= (tail >= 1e3 * rest) | (rest <= EXCESS**2 * total)
-    shift = noise[:, None] * np.where(kept, 1.0, -1.0)
-    more, less = (np.sqrt(np.clip(energies + d, 0.0, None)) for d in (shift, -shift))
-    return [
-        bool(fine[i]) and x.choose(more[i, : counts[i]]) == x.choose(less[i, : counts[i]]) == ranks[i]
-        for i, x in enumerate(group)
-    ]
+    return Cores(torch.sqrt(energies[:, :count]), root @ v[:, :, :count], gb, gauge, scale, noise)
 
 
 def _factors(
@@ -183,12 +142,10 @@ def _factors(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the balanced factors b (m, k) and a (k, n) of every module in fp32: linalg.cores.balanced for a batch."""
     device, most = found.s.device, max(ranks)
-    rows = [list(places), list(ranks), [x.scale for x in group]]
-    at, count, scale = torch.tensor(rows, dtype=torch.float64).to(device)[:, :, None, None]
-    at = at[:, 0, 0].long()
-    s, lv, gb, gauge = (t[at] for t in (found.s, found.lv, found.gb, found.gauge))
-    s, lv = s[:, None, :most], lv[:, :, :most]
-    kept = torch.arange(most, device=device) < count
+    at, count = torch.tensor([list(places), list(ranks)]).to(device)
+    s, lv, gb, gauge, scale, _ = (t[at] for t in found)
+    s, lv, scale = s[:, None, :most], lv[:, :, :most], scale[:, None, None]
+    kept = torch.arange(most, device=device) < count[:, None, None]
     s = torch.where(kept, s, 1.0)
     tall = torch.where(kept, lv * s**-0.5 * (scale / gauge[:, :, None]), 0.0)
     wide = torch.where(kept, (gb @ (lv * s**-1.5)) * gauge[:, :, None], 0.0)
@@ -202,11 +159,3 @@ def _factors(
         done = thin(bs + as_, torch.cat([tall, wide]), [*ranks, *ranks], wide=[False] * size + [True] * size)
         return done[:size], done[size:]
     return thin(bs, tall, ranks, wide=[False] * size), thin(as_, wide, ranks, wide=[True] * size)
-
-
-def _figures(s: Any, ranks: Sequence[int]) -> tuple[Any, Any]:
-    """Return the kept share of the energy and the relative error: linalg.select for a batch."""
-    squares = (s / np.where(s[:, :1] > 0, s[:, :1], 1.0)) ** 2
-    beyond = np.concatenate([np.cumsum(squares[:, ::-1], axis=1)[:, ::-1], np.zeros((len(s), 1))], axis=1)
-    share = beyond[np.arange(len(s)), list(ranks)] / np.where(beyond[:, 0] > 0, beyond[:, 0], 1.0)
-    return 1.0 - share, np.sqrt(share)

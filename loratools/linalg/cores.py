@@ -84,15 +84,14 @@ def balanced(found: Cores, i: int, k: int) -> tuple[Array, Array]:
     return lv * s**-0.5 * (found.scale[i] / gauge[:, None]), (lv * s**-1.5).mT @ found.gb[i, :, :] * gauge
 
 
-def trusted(found: Cores, ranks: Sequence[int], chooses: Sequence[Callable[[Array], int]]) -> list[bool]:
+def trusted(s: Array, noise: Array, ranks: Sequence[int], chooses: Sequence[Callable[[Array], int]]) -> list[bool]:
     """Tell of every product whether the noise leaves its first directions, the error of the cut and the rank right.
 
-    ``ranks``: what ``chooses`` say of the spectra. False where the Gram matrices broke down, or a factor is zero.
+    ``s (p, c)`` and ``noise (p,)`` of :class:`Cores`; ``ranks``: what ``chooses`` say of the spectra. False where the
+    Gram matrices broke down, or a factor is zero.
     """
-    xp = namespace(found.s)
-    device, count = found.s.device, found.s.shape[1]
-    energies, noise, k = found.s**2, found.noise, xp.asarray(list(ranks), device=device)
-    kept = xp.arange(count, device=device) < k[:, None]
+    xp, count = namespace(s), s.shape[1]
+    energies, k, kept = s**2, xp.asarray(list(ranks), device=s.device), _kept(s, ranks)
     total, tail = xp.sum(energies, axis=1), xp.sum(xp.where(kept, 0.0, energies), axis=1)
     least = xp.min(xp.where(kept, energies, xp.inf), axis=1)
     inverse = xp.sum(xp.where(kept & (energies > 0), 1 / xp.where(energies > 0, energies, 1.0), 0.0), axis=1)
@@ -108,6 +107,21 @@ def trusted(found: Cores, ranks: Sequence[int], chooses: Sequence[Callable[[Arra
         ok and choose(more[i, :]) == choose(less[i, :]) == rank
         for i, (ok, choose, rank) in enumerate(zip(_tolist(fine), chooses, ranks, strict=True))
     ]
+
+
+def figures(s: Array, ranks: Sequence[int]) -> list[tuple[float, float]]:
+    """Return of every spectrum in ``s (p, c)`` the share of the energy in its first values, and the relative error."""
+    xp = namespace(s)
+    squares = (s / xp.where(s[:, :1] > 0, s[:, :1], 1.0)) ** 2  # the quotient keeps the squares in range
+    total, tail = xp.sum(squares, axis=1), xp.sum(xp.where(_kept(s, ranks), 0.0, squares), axis=1)
+    beyond = tail / xp.where(total > 0, total, 1.0)
+    return list(zip((1.0 - beyond).tolist(), xp.sqrt(beyond).tolist(), strict=True))
+
+
+def _kept(s: Array, ranks: Sequence[int]) -> Array:
+    """Return the mask (p, c) of the first ``ranks`` values of every spectrum."""
+    xp = namespace(s)
+    return xp.arange(s.shape[1], device=s.device) < xp.asarray(list(ranks), device=s.device)[:, None]
 
 
 def _tolist(x: Array) -> list[bool]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from loratools.dispatch import accelerable
 from loratools.errors import NumericsError, UsageError
 from loratools.leaf import Array, Leaf
-from loratools.linalg.cores import balanced, spectra, trusted
+from loratools.linalg.cores import balanced, figures, spectra, trusted
 from loratools.linalg.gram import FP32, FP64, Precision, cross, grams
 from loratools.linalg.namespace import (
     all_finite,
@@ -244,7 +244,8 @@ def _by_grams(group: Sequence[_Product], precision: Precision) -> list[Truncatio
     found = spectra([(x.b, x.a) for x in group], [x.scale for x in group], precision)
     noise = [float(one) for one in found.noise.tolist()]
     ranks = [x.choose(found.s[i, :]) if noise[i] > 0 else 1 for i, x in enumerate(group)]
-    fine = trusted(found, ranks, [x.choose for x in group])
+    fine = trusted(found.s, found.noise, ranks, [x.choose for x in group])
+    kept = figures(found.s, ranks)
     route = f"gram{precision.dtype[-2:]}"
     out: list[Truncation | None] = []
     for i, x in enumerate(group):
@@ -256,8 +257,7 @@ def _by_grams(group: Sequence[_Product], precision: Precision) -> list[Truncatio
             tall, wide = (down(core, precision.dtype) for core in balanced(found, i, ranks[i]))
             dtype, s = dtype_name(x.b), found.s[i, :]
             tall, wide = up(x.b, precision.dtype) @ tall, wide @ up(x.a, precision.dtype)
-            kept = energy_kept(s, ranks[i]), tail_error(s, ranks[i])
-            out.append(Truncation(down(tall, dtype), down(wide, dtype), s, ranks[i], *kept, route))
+            out.append(Truncation(down(tall, dtype), down(wide, dtype), s, ranks[i], *kept[i], route))
     return out
 
 

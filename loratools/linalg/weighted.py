@@ -99,7 +99,7 @@ def cores(b: Array, a: Array, choose: Choose, *, weights: Weights, scale: float 
     if (size := float(found.noise[0])) > 0:
         s = found.s[0, :]
         k = choose(s)
-        if trusted(found, [k], [choose]) == [True] and size <= STRICT * float(s[k - 1]) ** 2:
+        if trusted(found.s, found.noise, [k], [choose]) == [True] and size <= STRICT * float(s[k - 1]) ** 2:
             return Cores(*balanced(found, 0, k), s, k, "gram64")
     return _cores_qr(b, a, choose, weights, scale)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loratools.linalg import cores
+from loratools.linalg import cores, select
 from loratools.linalg.gram import FP32, FP64
 from loratools.linalg.namespace import to_numpy
 
@@ -82,8 +82,18 @@ def test_a_batch_gives_everyone_what_it_would_get_alone(array, precision):
 
 def test_the_broken_and_the_zero_are_never_trusted(array):
     found = cores.spectra(mixed(array), [1.0] * 7, FP32)
-    fine = cores.trusted(found, [2] * 7, [lambda s: 2] * 7)
+    fine = cores.trusted(found.s, found.noise, [2] * 7, [lambda s: 2] * 7)
     noise = to_numpy(found.noise)
     assert np.isnan(noise[4:6]).all()
     assert not noise[1:3].any()
     assert fine == [True, False, False, True, False, False, True]
+
+
+def test_figures_are_those_of_single_spectra(array):
+    rng = np.random.default_rng(0)
+    s = -np.sort(-(10.0 ** rng.uniform(-12, 3, (6, 9))), axis=1)
+    s[5] = 0
+    ranks = [1, 3, 9, 8, 2, 4]
+    for (energy, error), row, k in zip(cores.figures(array(s), ranks), s, ranks, strict=True):
+        assert energy == pytest.approx(select.energy_kept(row, k), abs=1e-15)
+        assert error == pytest.approx(select.tail_error(row, k), rel=1e-13)

@@ -201,7 +201,7 @@ def test_flat_a_and_steep_b_need_the_redo_rule(array):
         up(b @ to_numpy(tall).astype("f4")), to_numpy(wide).astype("f4") @ a, found.s, 24, 0, 0, ""
     )
     assert judge(b, a, 1.0, short)[0] > EXCESS
-    assert cores.trusted(found, [24], [fixed(24)]) == [False]
+    assert cores.trusted(found.s, found.noise, [24], [fixed(24)]) == [False]
     result = factored.truncate(array(b), array(a), fixed(24))
     assert result.route == "gram64"
     assert judge(b, a, 1.0, result)[0] <= EXCESS
