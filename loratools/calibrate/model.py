@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from loratools.errors import FormatError, MissingExtraError, UsageError
-from loratools.io.read import existing, read_file, read_json
+from loratools.io.read import existing, read_json
+from loratools.io.weights import read_file
 from loratools.linalg.namespace import to_numpy
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")

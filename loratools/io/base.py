@@ -9,8 +9,9 @@ from typing import Any
 from loratools.errors import MismatchError
 from loratools.io.bundle import memory_leaf
 from loratools.io.names import resolve
-from loratools.io.read import Contents, existing, open_index, open_shards, read_json
+from loratools.io.read import existing, read_json
 from loratools.io.shards import model_files
+from loratools.io.weights import Contents, open_index, open_shards
 from loratools.leaf import Array, Leaf
 
 CONFIG = "config.json"

@@ -13,8 +13,8 @@ from typing import Any
 from loratools.errors import FormatError
 from loratools.io.bundle import Bundle
 from loratools.io.oserrors import os_errors
-from loratools.io.read import open_shards
 from loratools.io.sidecar import LIMIT_BYTES, read_json
+from loratools.io.weights import open_shards
 
 SUFFIX = ".toml"
 KEY, FILES = "loratools.manifest", "loratools.manifest.files"

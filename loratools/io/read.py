@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from loratools.errors import FileError, FormatError
+from loratools.errors import FileError
 from loratools.io.bundle import Bundle
 from loratools.io.directory import CONFIG, README, WEIGHTS, find_weights, siblings
 from loratools.io.oserrors import os_errors
-from loratools.io.safetensors import Header, peek, read_tensors
-from loratools.io.shards import read_index
+from loratools.io.safetensors import Header, peek
 from loratools.io.sidecar import read_json
-from loratools.io.sniff import GGUF, NPZ, SAFETENSORS, TORCH_ZIP, sniff
 from loratools.io.source import mapped as mapped_leaf
-from loratools.leaf import Leaf
+from loratools.io.weights import Contents, open_index, read_file
 
 __all__ = ["Header", "open_bundle", "peek", "read_json"]
-
-
-class Contents(NamedTuple):
-    """What one weights file holds."""
-
-    tensors: dict[str, Leaf]
-    metadata: Mapping[str, str]
-    container: str
 
 
 def open_bundle(path: str | Path, *, mapped: bool = False) -> Bundle:
@@ -63,52 +52,6 @@ def open_bundle(path: str | Path, *, mapped: bool = False) -> Bundle:
         siblings=siblings(folder) if path.is_dir() or path.stem == "adapter_model" else (),
         readme=readme if readme.is_file() else None,
     )
-
-
-def read_file(path: Path) -> Contents:
-    """Open one weights file of any readable container."""
-    container = sniff(path)
-    if container == SAFETENSORS:
-        return Contents(*read_tensors(path), "safetensors")
-    if container == GGUF:
-        from loratools.io.gguf import read_gguf
-
-        return Contents(*read_gguf(path), "gguf")
-    if container == NPZ:
-        from loratools.io.npz import read_npz
-
-        return Contents(*read_npz(path), "npz")
-    from loratools.io.pickle import read_pickle
-
-    return Contents(*read_pickle(path, zipped=container == TORCH_ZIP), "pickle")
-
-
-def open_shards(files: Iterable[Path], told_by: Path) -> dict[Path, Contents]:
-    """Open the files of a model in the order of their names; FormatError if two of them hold the same tensor."""
-    shards = {path: read_file(path) for path in sorted(set(files))}
-    seen: dict[str, Path] = {}
-    for path, contents in shards.items():
-        for name in contents.tensors:
-            if name in seen:
-                got = f"{seen[name].name} and {path.name}"
-                raise FormatError(f"tensor {name!r} is stored twice", file=told_by, got=got)
-            seen[name] = path
-    return shards
-
-
-def open_index(index: Path) -> dict[Path, Contents]:
-    """Open the shards that an index names; FormatError if a tensor is not where the index says."""
-    table = read_index(index)
-    shards = open_shards(table.values(), index)
-    lost = [name for name, path in table.items() if name not in shards[path].tensors]
-    if lost:
-        raise FormatError(
-            f"{len(lost)} tensors of the index are not in the file it names",
-            file=index,
-            got=", ".join(lost[:3]),
-            hint="the shards do not belong together: download the model again",
-        )
-    return shards
 
 
 def existing(path: Path) -> Path:

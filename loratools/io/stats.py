@@ -21,7 +21,8 @@ from loratools.errors import FormatError, LoratoolsError, MismatchError
 from loratools.io.bundle import memory_leaf
 from loratools.io.dtypes import to_numpy
 from loratools.io.names import resolve
-from loratools.io.read import existing, read_file
+from loratools.io.read import existing
+from loratools.io.weights import read_file
 from loratools.io.write import TensorPlan, write_safetensors
 from loratools.leaf import Array, Leaf
 
