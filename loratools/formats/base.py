@@ -17,6 +17,8 @@ class Format(ABC):
 
     name: ClassVar[str]
     accepts: ClassVar[tuple[type[Update], ...]]
+    one_rank: ClassVar[bool] = False
+    """True where a file has one rank, so that smaller modules are padded to it."""
 
     @abstractmethod
     def declines(self, bundle: Bundle) -> str | None:

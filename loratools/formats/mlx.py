@@ -34,6 +34,7 @@ class Mlx(Format):
 
     name = "mlx"
     accepts: ClassVar[tuple[type[Update], ...]] = (LowRank, Dora)
+    one_rank = True
 
     def holds(self, adapter: Adapter, name: str) -> bool:
         """Magnitudes over the output axis only."""

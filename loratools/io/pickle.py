@@ -36,9 +36,9 @@ def read_pickle(path: Path, *, zipped: bool) -> tuple[dict[str, Leaf], dict[str,
     MissingExtraError without torch, FormatError for a global that the restricted unpickler refuses and for content that
     is neither tensors nor plain values.
     """
-    torch = _import_torch()
     mappable = zipped and zip_is_plain(path)
     try:
+        torch = _import_torch()
         bag, metadata = _unwrap(_load(torch, path, mappable), torch)
         return {name: _leaf(name, tensor, torch) for name, tensor in bag.items()}, metadata
     except LoratoolsError as error:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from loratools.leaf import Array
 from loratools.linalg.gram import Precision, grams
-from loratools.linalg.namespace import cholesky, namespace
+from loratools.linalg.namespace import cholesky, namespace, overflow_checked
 
 BALANCE = 1e-3
 """How far from orthonormal a kept direction may be."""
@@ -69,10 +69,13 @@ def of_grams(gb: Array, ga: Array, count: int, noise: Array | float, scales: Seq
     noise = noise + xp.zeros_like(scale)
     gb, ga = (_sound(g, noise) for g in (gb, ga))
     gauge = _gauge(xp.linalg.diagonal(gb), xp.linalg.diagonal(ga))
-    gb = gb * (scale[:, None, None] / gauge[:, :, None]) * (scale[:, None, None] / gauge[:, None, :])
-    ga = ga * gauge[:, :, None] * gauge[:, None, :]
-    size = xp.linalg.matrix_norm(ga) * xp.linalg.matrix_norm(gb)
-    factor, noise = _roots(ga, noise, size)
+    with overflow_checked():
+        gb = gb * (scale[:, None, None] / gauge[:, :, None]) * (scale[:, None, None] / gauge[:, None, :])
+        ga = ga * gauge[:, :, None] * gauge[:, None, :]
+        size = xp.linalg.matrix_norm(ga) * xp.linalg.matrix_norm(gb)
+        noise = xp.where(xp.isfinite(size), noise, nan)  # as large as its core
+    factor, noise = _roots(_sound(ga, noise), noise, size)
+    gb = _sound(gb, noise)
     energies, v = xp.linalg.eigh(factor.mT @ gb @ factor)
     s = xp.sqrt(xp.clip(xp.flip(energies, axis=-1)[:, :count], 0.0, None))
     return Cores(s, factor @ xp.flip(v, axis=-1)[:, :, :count], gb, gauge, scale, noise * size)
@@ -161,7 +164,8 @@ def _root(g: Array, noise: float, size: float) -> Array | None:
 def _underflowed(nb: Array, na: Array, faint: float) -> Array:
     """Tell (p,) whether squared channel norms are too small to be right although their partners are not, or all are."""
     xp = namespace(nb, na)
-    return xp.any((nb < faint) != (na < faint), axis=-1) | xp.all(nb <= faint, axis=-1)
+    lone = xp.any((nb < faint) != (na < faint), axis=-1)
+    return lone | xp.all(nb <= faint, axis=-1) | xp.all(na <= faint, axis=-1)
 
 
 def _is_zero(norms: Array, factor: Array) -> bool:

@@ -7,7 +7,7 @@ be trusted; otherwise it is redone with fp64 Gram matrices, and then by QR, whic
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from math import isfinite, prod, sqrt
+from math import inf, isfinite, prod, sqrt
 from typing import NamedTuple
 
 from loratools.dispatch import accelerable
@@ -126,7 +126,7 @@ def singular_values(b: Leaf | Array, a: Leaf | Array, *, scale: float = 1.0) -> 
     """
     b, a = checked_factors(b, a, scale)
     found = spectra([(b, a)], [scale], FP64)
-    if 1e8 * float(found.noise[0]) <= float(found.s[0, -1]) ** 2:
+    if 1e8 * float(found.noise[0]) <= float(found.s[0, -1]) ** 2 < inf:
         return found.s[0, :]
     return svd(b, a, scale=scale).s
 
@@ -141,7 +141,8 @@ def frobenius(b: Leaf | Array, a: Leaf | Array, *, scale: float = 1.0) -> float:
     if 1e-25 < size < 1e35 and squared > 0.1 * size:
         return abs(scale) * sqrt(squared)
     values = singular_values(b, a, scale=scale)
-    return float(xp.linalg.vector_norm(values))
+    largest = float(values[0])
+    return largest * float(xp.linalg.vector_norm(values / largest)) if largest else 0.0
 
 
 def inner(b1: Leaf | Array, a1: Leaf | Array, b2: Leaf | Array, a2: Leaf | Array) -> float:
@@ -200,6 +201,11 @@ class _Product(NamedTuple):
     scale: float
     choose: Choose
 
+    def may_square(self, precision: Precision) -> bool:
+        """Tell whether Gram matrices of this precision, times the squared scale, may be right."""
+        usual = self.scale == 0 or 1e-30 < abs(self.scale) < 1e30
+        return usual and (precision is FP64 or dtype_name(self.b) != "float64")
+
     @property
     def form(self) -> Hashable:
         """What products must share to go through one batch."""
@@ -207,10 +213,10 @@ class _Product(NamedTuple):
 
 
 def _parts(pairs: Sequence[tuple[Leaf | Array, Leaf | Array]]) -> Iterator[slice]:
-    """Yield stretches of at most ``TOGETHER`` entries, of at least one product."""
+    """Yield stretches of at most ``TOGETHER`` entries, of at least one product; R x R work holds some twenty R^2."""
     start, held = 0, 0
     for i, pair in enumerate(pairs):
-        size = sum(prod(x.shape) for x in pair)
+        size = sum(prod(x.shape) for x in pair) + 20 * pair[0].shape[-1] ** 2
         if i > start and held + size > TOGETHER:
             yield slice(start, i)
             start, held = i, 0
@@ -231,7 +237,7 @@ def _truncated(
     for precision in (FP32, FP64):
         groups: dict[Hashable, list[int]] = {}
         for i, x in todo.items():
-            if i not in done and (precision is FP64 or dtype_name(x.b) != "float64"):
+            if i not in done and x.may_square(precision):
                 groups.setdefault(x.form, []).append(i)
         for places in groups.values():
             found = _by_grams([todo[i] for i in places], precision)

@@ -243,7 +243,7 @@ def all_finite(x: Array) -> bool:
     torch = _torch(x)
     if torch is not None:
         return bool(torch.isfinite(x if x.element_size() > 1 else x.to(torch.float32)).all())
-    if x.dtype.itemsize == 2 and x.ndim:
+    if x.dtype.itemsize == 2 and x.ndim and x.dtype.isnative:
         return _finite_bits(x, _INFINITY[dtype_name(x)])
     if x.dtype.itemsize >= 4:
         with overflow_checked():

@@ -1,7 +1,7 @@
 """Floats of 8 and 16 bits to fp32 and back on NumPy, exactly, at a speed that does not depend on the values.
 
-NumPy's own casts take one path per element, and their subnormals cost an exception each: 38 ms per million on the
-processor where others take 2.5. Small updates are full of them.
+NumPy's own casts take one path per element, and a subnormal costs several times what another number does. Small
+updates are full of them.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def to_float16(x: Array) -> Array:
     (for e of at least -14, that of its subnormals), and the sum is rounded as IEEE 754 says. The low bits of the sum
     are then the significand.
 
-    Cost: about 1.5 ms per million, for blocks that hold a number too large or NaN that of the cast. The cast itself
-    serves where a sample shows few subnormals: one call is friendlier to other threads than a dozen.
+    Cost: 2 to 3 ms per million, for blocks that hold a number too large or NaN that of the cast. The cast itself serves
+    where a sample shows few subnormals: one call is friendlier to other threads than a dozen.
     """
     flat = np.ascontiguousarray(x).reshape(-1)
     sample = np.abs(flat[:: 1 + flat.size // _SAMPLE])

@@ -11,6 +11,7 @@ from loratools.core.adapter import Adapter
 from loratools.core.update import Array, Leaf, Update
 from loratools.errors import NumericsError, UsageError
 from loratools.files import written_size
+from loratools.formats.base import FORMATS
 from loratools.kinds.lowrank import LowRank, low_ranks, with_low_ranks
 from loratools.leaf import ITEMSIZE
 from loratools.linalg.namespace import dtype_name, namespace
@@ -35,7 +36,8 @@ def planned(
     budget = _Budget(
         adapter, target, how.dtype, how.format, {n: d for n in spectra if (d := low_ranks(adapter[n])) is not None}
     )
-    return budget.uniform() if target.uniform or target.consumer else budget.shared(spectra)
+    alike = target.uniform or target.consumer or FORMATS[how.format or adapter.meta.format].one_rank
+    return budget.uniform() if alike else budget.shared(spectra)
 
 
 class Storage(NamedTuple):
@@ -149,4 +151,7 @@ class _Budget:
 
 
 def _nothing(out: Array | None) -> Array:
-    raise AssertionError("a planned tensor has no values")
+    raise UsageError(
+        "--size cannot be planned for this format: what it writes depends on the values",
+        hint="use --rank, --energy or --error; or convert the adapter to peft first",
+    )

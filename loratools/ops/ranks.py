@@ -184,7 +184,7 @@ def _rank(word: int | str | None) -> int | None:
     if not isinstance(word, str):
         return word
     if word != "noise" and not (word.isdecimal() and len(word) < 10):
-        raise UsageError("no rank", expected="a whole number, or noise", got=word)
+        raise UsageError("no rank", expected="a whole number of at least 1, or noise", got=word)
     return None if word == "noise" else int(word)
 
 

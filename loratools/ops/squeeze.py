@@ -283,12 +283,14 @@ def _truncate(
         if how.sketch_seed is not None:
             return [_sketched(*one, how.sketch_seed) for one in zip(names, directions, rules, strict=True)]
         return list(factored.truncate_many(pairs, scales, rules))
-    except NumericsError as error:
+    except LoratoolsError as error:
         if len(pairs) > 1:  # find the one at fault
             each = zip(names, directions, rules, strict=True)
             return [r for name, d, rule in each for r in _truncate([name], [d], [rule], how)]
-        if how.allow_nonfinite:
-            return [None]
+        if isinstance(error, NumericsError):
+            if how.allow_nonfinite:
+                return [None]
+            error.hint = error.hint or "--allow-nonfinite carries such modules through untouched"
         raise error.at(parameter=names[0]) from error
 
 

@@ -28,8 +28,10 @@ def test_underflow_is_noticed(array, factors):
     assert noise > 0
 
 
-def test_underflow_of_fp64_is_noticed(array):
-    assert np.isnan(one(array([[1e-170]], "float64"), array([[1.0]], "float64"), FP64)[1])
+@pytest.mark.parametrize("factors", [(1e-170, 1.0), (1.0, 1e-170), (1e-170, 1e-170)])
+def test_underflow_of_fp64_is_noticed(array, factors):
+    b, a = (array([[x]], "float64") for x in factors)
+    assert np.isnan(one(b, a, FP64)[1])
 
 
 def test_a_zero_factor_is_told_from_an_underflow(array):
@@ -97,3 +99,24 @@ def test_figures_are_those_of_single_spectra(array):
     for (energy, error), row, k in zip(cores.figures(array(s), ranks), s, ranks, strict=True):
         assert energy == pytest.approx(select.energy_kept(row, k), abs=1e-15)
         assert error == pytest.approx(select.tail_error(row, k), rel=1e-13)
+
+
+def alone(values, noise, k):
+    """Is one spectrum trusted at a fixed rank?"""
+    (told,) = cores.trusted(np.array([values]), np.array([noise]), [k], [lambda s: k])
+    return told
+
+
+def test_noise_inside_many_kept_directions_costs_error():
+    s = [0.1**0.5] * 65  # 64 kept; the drift n^2 640 moves the error of the cut by n^2 640 / (2 sqrt(0.1))
+    assert not alone(s, 0.99e-4, 64)
+    assert alone(s, 1e-6, 64)
+
+
+def test_a_tail_of_one_value_errs_by_that_value_alone():
+    s = [0.1**0.5] * 64 + [0.1]  # the tail 0.01 is 1e4 times the noise of one value, and 160 times that of 64
+    assert alone(s, 1e-6, 64)
+
+
+def test_a_tail_below_the_noise_is_not_told():
+    assert not alone([1.0] * 8 + [1e-4] * 8, 1e-7, 8)

@@ -415,3 +415,59 @@ def test_inner_refuses_products_of_different_shapes(array):
     b, a = array(np.ones((4, 2))), array(np.ones((2, 5)))
     with pytest.raises(UsageError, match="different shapes"):
         factored.inner(b, a, b, array(np.ones((2, 6))))
+
+
+def small_ones(array, count=7, r=5):
+    rng = np.random.default_rng(3)
+    return [(array(rng.standard_normal((9, r)), "float32"), array(rng.standard_normal((r, 8)), "float32"))
+            for _ in range(count)]  # fmt: skip
+
+
+def test_lists_are_worked_on_in_parts_of_bounded_size(array, monkeypatch):
+    pairs = small_ones(array)
+    seen = []
+    whole = factored.spectra
+    monkeypatch.setattr(factored, "spectra", lambda ps, *rest: seen.append(len(ps)) or whole(ps, *rest))
+    together = factored.truncate_many(pairs, [1.0] * 7, [fixed(2)] * 7)
+    monkeypatch.setattr(factored, "TOGETHER", 3 * (17 * 5 + 20 * 25))
+    apart = factored.truncate_many(pairs, [1.0] * 7, [fixed(2)] * 7)
+    assert seen == [7, 3, 3, 1]
+    for one, other in zip(together, apart, strict=True):
+        assert np.array_equal(to_numpy(one.b), to_numpy(other.b))
+        assert np.array_equal(to_numpy(one.a), to_numpy(other.a))
+
+
+def test_a_list_may_mix_forms_and_dtypes(array):
+    rng = np.random.default_rng(4)
+    shapes = [
+        (9, 3, 8, "float32"),
+        (9, 3, 8, "float64"),
+        (5, 6, 4, "float32"),
+        (9, 3, 8, "float16"),
+        (9, 3, 8, "float32"),
+    ]
+    pairs = [(array(rng.standard_normal((m, r)), t), array(rng.standard_normal((r, n)), t)) for m, r, n, t in shapes]
+    for (b, a), result in zip(pairs, factored.truncate_many(pairs, [2.0] * 5, [fixed(2)] * 5), strict=True):
+        alone = factored.truncate(b, a, fixed(2), scale=2.0)
+        assert dtype_name(result.b) == dtype_name(alone.b)
+        assert np.array_equal(to_numpy(result.b), to_numpy(alone.b))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [1e200, -1e40, 1e-40, 1e-200])
+def test_scales_whose_squares_overflow_or_vanish(array, scale):
+    b, a = small_ones(lambda x, t: array(x, "float64"), 1)[0]
+    result, usual = (factored.truncate(b, a, fixed(2), scale=s) for s in (scale, np.sign(scale)))
+    got, want = (
+        to_numpy(x.b) / abs(s) ** 0.5 @ (to_numpy(x.a) / abs(s) ** 0.5) for x, s in ((result, scale), (usual, 1))
+    )
+    assert np.abs(got - want).max() < 1e-9 * np.abs(want).max()
+    assert result.error == pytest.approx(usual.error, rel=1e-9)
+
+
+@pytest.mark.filterwarnings("error")
+def test_products_beyond_the_squares_of_fp64_are_measured():
+    big = 1e120 * np.eye(3)
+    assert factored.singular_values(big, big)[0] == pytest.approx(1e240)
+    assert factored.frobenius(big, big) == pytest.approx(3**0.5 * 1e240)
+    assert factored.frobenius(np.array([[1e-170]]), np.array([[1.0]])) == pytest.approx(1e-170, rel=1e-6)

@@ -364,3 +364,8 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_all_finite_reads_big_endian():
+    assert ns.all_finite(np.linspace(-3, 3, 99).astype(">f2"))
+    assert not ns.all_finite(np.array([1.0, np.inf], ">f2"))

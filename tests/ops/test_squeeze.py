@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 import loratools as lt
 from loratools.core import pool
 from loratools.core.adapter import Adapter, Meta
-from loratools.errors import LoratoolsError, NumericsError, UsageError
+from loratools.errors import FormatError, LoratoolsError, NumericsError, UsageError
+from loratools.files import written_size
 from loratools.kinds.dora import Dora
 from loratools.kinds.hadamard import Hadamard
 from loratools.kinds.lowrank import LowRank
 from loratools.kinds.replace import Replace
 from loratools.kinds.sum import Sum
+from loratools.leaf import Leaf
 from loratools.linalg.namespace import down, to_numpy, up
 
 
@@ -339,3 +341,38 @@ def test_method_exact_forms_what_has_no_factors() -> None:
     exact = lt.squeeze(adapter, rank=1, method="exact")["h.weight"].dense()  # type: ignore[attr-defined]
     left, s, right = np.linalg.svd(u.dense().astype(float), full_matrices=False)
     assert np.allclose(exact, s[0] * np.outer(left[:, 0], right[0]), atol=1e-5)
+
+
+def test_a_batch_names_the_module_whose_factor_cannot_be_read() -> None:
+    def broken(out: Any) -> Any:
+        raise FormatError("the tensor is damaged")
+
+    updates = {f"m{i}.weight": low_rank(8, 4, 6, seed=i) for i in range(3)}
+    u = updates["m1.weight"]
+    updates["m1.weight"] = LowRank(Leaf((8, 4), "float32", broken), u.a)
+    with pytest.raises(FormatError) as caught:
+        lt.squeeze(Adapter(updates, Meta()), rank=2)
+    assert caught.value.parameter == "m1.weight"
+
+
+def test_a_module_gets_the_same_bits_alone_and_in_a_crowd() -> None:
+    updates = {f"m{i}.weight": low_rank(8 + i % 3, 4, 6, seed=i, dtype=("float16", "float32")[i % 2]) for i in range(9)}
+    crowd = lt.squeeze(Adapter(updates, Meta()), rank=2)
+    for name, u in updates.items():
+        alone = lt.squeeze(Adapter({name: u}, Meta()), rank=2)[name]
+        for field in ("b", "a"):
+            assert np.array_equal(to_numpy(getattr(alone, field)), to_numpy(getattr(crowd[name], field)))
+
+
+def test_a_budget_for_a_format_of_one_rank_gives_one_rank() -> None:
+    adapter = lt.load(Path(__file__).parents[2] / "fixtures" / "digits" / "r32")
+    small = lt.squeeze(adapter, size=200_000, format="mlx")
+    assert small.report is not None
+    assert len({row["rank_after"] for row in small.report.modules if row["rank_after"]}) == 1
+    assert written_size(small, format="mlx") <= 200_000
+
+
+@pytest.mark.real
+def test_a_budget_that_values_would_decide_is_refused(real: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be planned"):
+        lt.squeeze(lt.load(real / "sam-vitb-r4"), size=100_000)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from loratools.core.adapter import Adapter
-from loratools.errors import FormatError, UnsupportedError
+from loratools.errors import FormatError, LoratoolsError, UnsupportedError
 from loratools.formats.peft.config import Settings, settings
 from loratools.formats.peft.forms import form_of
 from loratools.formats.peft.forms.absorbed import LATENT
@@ -34,7 +34,10 @@ def read(bundle: Bundle, *, base: Base | None = None, allow_unknown: bool = Fals
     config = bundle.config or {}
     if config.get("arrow_config"):
         raise UnsupportedError(_ARROW, expected="one of the adapters that it routes to")
-    said = settings(config)
+    try:
+        said = settings(config)
+    except LoratoolsError as error:  # the fault lies there, not in the weights
+        raise error.at(file=bundle.path and bundle.path.with_name("adapter_config.json")) from error
     found = sort_keys(bundle.tensors)
     if not found.modules:
         raise FormatError("no LoRA factors in this file", expected="...lora_A.weight and ...lora_B.weight")
