@@ -38,9 +38,9 @@ class Module(NamedTuple):
     choose: Choose
 
     @property
-    def count(self) -> int:
+    def values(self) -> int:
         """How many singular values the product has."""
-        return min(*self.b.shape, *self.a.shape)
+        return int(min(*self.b.shape, *self.a.shape))
 
 
 def accepts(pairs: Sequence[Any], scales: Sequence[float], chooses: Sequence[Choose]) -> bool:
@@ -74,13 +74,13 @@ def _by_form(modules: Sequence[Module]) -> list[list[Module]]:
     """Group by rank, number of singular values and dtype: shapes may differ within a launch."""
     groups: dict[Any, list[Module]] = {}
     for x in modules:
-        groups.setdefault((x.b.shape[1], x.count, x.b.dtype, x.a.dtype), []).append(x)
+        groups.setdefault((x.b.shape[1], x.values, x.b.dtype, x.a.dtype), []).append(x)
     return list(groups.values())
 
 
 def _truncated(group: Sequence[Module], precision: Precision) -> dict[int, Truncation]:
     """Return the truncations, by place, of those modules of a group that this precision can be trusted with."""
-    scale, count = torch.tensor([x.scale for x in group], dtype=torch.float64).to(group[0].b.device), group[0].count
+    scale, count = torch.tensor([x.scale for x in group], dtype=torch.float64).to(group[0].b.device), group[0].values
     found = _cores(*_grams(group, precision), scale, count, precision)
     told = torch.cat([found.noise[:, None], found.s], 1).cpu().numpy()  # the one question to the device
     noise, s = told[:, 0], told[:, 1:]
