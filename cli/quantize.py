@@ -81,7 +81,7 @@ def command(
     if advise:
         idle = {"bits": bits, "avg-bits": avg_bits, "size": size, "raw": raw, "stats": stats, "output": writing.output,
                 "overwrite": writing.overwrite, "dry-run": writing.dry_run, "scheme": scheme != "lowbit"}  # fmt: skip
-        _alone([name for name, value in idle.items() if value not in (None, False)])
+        _alone([name for name, value in idle.items() if value is not None and value is not False])
     if writing.dtype is not None:
         raise UsageError("packed codes have no dtype", got=f"--dtype {writing.dtype}", hint="leave it out")
     if raw and scheme != "binary-adapter":

@@ -96,14 +96,36 @@ def _mapped(path: Path, writable: bool) -> mmap.mmap:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file for as long as the block runs; FileError if another process holds it."""
-    with os_errors("lock", path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    """Hold a lock file while the block runs, in a directory made for it; FileError if another process holds it.
+
+    Whoever holds the lock may remove both, the lock last: a lock that was removed while one waited for it is none.
+    """
+    while (fd := _lock(path)) is None:
+        pass
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise FileError("another switch of this model is running", file=path, hint="wait for it") from error
         yield
     finally:
         os.close(fd)
+
+
+def _lock(path: Path) -> int | None:
+    """Return the descriptor of the locked file, or None where it was removed meanwhile."""
+    with os_errors("create a directory beside the model", path.parent):
+        path.parent.mkdir(exist_ok=True)
+        sync(path.parent.parent)
+    try:
+        with os_errors("lock", path):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except FileError:
+        if path.parent.exists():
+            raise
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise FileError("another switch of this model is running", file=path, hint="wait for it") from error
+    if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+        return fd
+    os.close(fd)
+    return None

@@ -22,7 +22,7 @@ def stored(x: Array) -> Array:
 
 def spread(scale: Array, n: int, group: int) -> Array:
     """Return scales (k, groups) for every entry: (k, 1) or (k, n)."""
-    return namespace(scale).repeat(scale, group, axis=1)[:, :n] if group else scale
+    return namespace(scale).repeat(scale, min(group, n), axis=1)[:, :n] if group else scale
 
 
 def grouped(x: Array, group: int) -> Array:
@@ -39,6 +39,6 @@ def largest(x: Array, group: int) -> Array:
 def _by_group(x: Array, group: int) -> Array:
     """Return x (k, n) as (k, groups, entries), zeros behind its end."""
     xp, (k, n) = namespace(x), x.shape
-    pad = groups(n, group) * group - n if group else 0
+    pad = groups(n, group) * min(group, n) - n if group else 0
     x = xp.concat([x, xp.zeros((k, pad), dtype=x.dtype, device=device_of(x))], axis=1) if pad else x
     return x.reshape(k, groups(n, group), -1)

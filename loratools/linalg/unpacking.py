@@ -102,7 +102,7 @@ def _by_code(table: Array, bits: int, count: int, group: int, dtype: str) -> Rul
     """One code after the other, from a table per row or group."""
     xp = namespace(table)
     entry = xp.arange(count, dtype=xp.int64, device=device_of(table))
-    at = (entry // group if group else entry * 0) << bits
+    at = (entry // min(group, count) if group else entry * 0) << bits
 
     def rule(packed: Array, scale: Array) -> Array:
         k, groups = scale.shape

@@ -14,6 +14,7 @@ from loratools.kinds.packed import payload_bytes, runs_of
 from loratools.linalg.lowbit import encode
 from loratools.ops.bit_budget import MENDED, Module, allocate
 from loratools.ops.canonical import Part, canonical_parts
+from loratools.ops.quantise_budget import check_group
 from loratools.report import Report
 
 SAMPLED = 12
@@ -35,6 +36,7 @@ def advise(adapter: Adapter, *, group: int = 0) -> Report:
     Measured on up to 12 modules, evenly spaced, with bytes scaled up to the whole. Raises UsageError where nothing can
     be quantised.
     """
+    check_group(group)
     directions = {name: low for name, u in adapter.items() if (low := low_rank(u)) is not None}
     if not directions:
         raise UsageError("the adapter holds no low-rank update to quantise", got=f"{len(adapter)} others")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import NamedTuple
 
 from loratools.kinds.packed import payload_bytes
@@ -63,7 +64,8 @@ def allocate(
 def _worth(energy: float, at: int, prices: Sequence[int], lost: Mapping[int, float]) -> float:
     """Return the squared error per byte that the next step saves."""
     before, paid = (1.0, 0) if at < 0 else (lost[LADDER[at]], prices[at])
-    return energy * (before - lost[LADDER[at + 1]]) / (prices[at + 1] - paid)
+    saved, price = energy * (before - lost[LADDER[at + 1]]), prices[at + 1] - paid
+    return saved / price if price else inf  # vectors of a few entries: more bits in the same byte
 
 
 def allocations(modules: Mapping[str, Module], budget: int, *, group: int = 0) -> list[dict[str, tuple[int, ...]]]:

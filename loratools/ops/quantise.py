@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from loratools.core.adapter import Adapter
 from loratools.core.pool import keep_freed_memory
 from loratools.core.update import Array, namespace
-from loratools.errors import UsageError
+from loratools.errors import NumericsError, UsageError
 from loratools.files import BaseLike, open_base
 from loratools.io.stats import StatsLike
 from loratools.kinds.binary import Binary, binary
@@ -18,6 +18,7 @@ from loratools.kinds.lowrank import LowRank, low_rank
 from loratools.kinds.packed import Packed, empty, packed
 from loratools.linalg import factored
 from loratools.linalg.lowbit import LowBit, encode
+from loratools.linalg.namespace import all_finite
 from loratools.ops.canonical import Part, as_stored, canonical_parts, each
 from loratools.ops.channels import channel_weights
 from loratools.ops.quantise_budget import Budget
@@ -131,6 +132,10 @@ def _by_medians(adapter: Adapter, done: Adapter, directions: Mapping[str, LowRan
 
     def one(name: str) -> tuple[Binary, Figures]:
         u = directions[name]
+        if not all(map(all_finite, u.factors())):
+            raise NumericsError(
+                "a factor is not finite", parameter=name, hint="the adapter diverged in training, or is damaged"
+            )
         found = binary(u, bits)
         square, wrong = difference_squares(u, found.unpacked())
         weights = u.rank * sum(u.matrix_shape)

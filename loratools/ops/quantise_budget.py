@@ -13,6 +13,12 @@ BITS = (1, 2, 3, 4, 8)
 SCHEMES = ("lowbit", "binary-adapter")
 
 
+def check_group(group: int) -> None:
+    """Raise UsageError unless so many entries may share a scale."""
+    if group and group < 8:
+        raise UsageError("group out of range", expected="0 (whole vectors) or at least 8", got=group)
+
+
 @dataclass(frozen=True)
 class Budget:
     """How few bits: exactly one of ``bits`` for every component, ``avg_bits`` per stored weight (scales counted), and
@@ -43,8 +49,7 @@ class Budget:
             raise UsageError("bits out of range", expected=", ".join(map(str, BITS)), got=self.bits)
         if self.avg_bits is not None and not (isfinite(self.avg_bits) and 0 < self.avg_bits <= 16):
             raise UsageError("average bits out of range", expected="above 0 and at most 16", got=self.avg_bits)
-        if self.group and self.group < 8:
-            raise UsageError("group out of range", expected="0 (whole vectors) or at least 8", got=self.group)
+        check_group(self.group)
         if self.size is not None:
             object.__setattr__(self, "size", parse_size(self.size))
 

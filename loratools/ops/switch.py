@@ -14,6 +14,7 @@ from loratools.io.inplace import InPlace, locked
 from loratools.io.quantised import refuse_quantised
 from loratools.ops.switch_records import (
     Given,
+    check_fits,
     check_untouched,
     given,
     recorded,
@@ -52,7 +53,6 @@ def switch(
     adding = [given(one, opened) for one in on]
     if dry_run and not state.path.exists():
         return _dry(opened, adding, off)
-    state.open()
     with locked(state.path / LOCK):
         try:
             return _switched(opened, state, adding, [given(one, opened) for one in off], dry_run)
@@ -63,6 +63,7 @@ def switch(
 def _dry(opened: Base, adding: Sequence[Given], off: Sequence[Any]) -> Report:
     if off:
         raise UsageError("nothing is on in this model", file=opened.path)
+    _check_new(adding, set(), opened)
     with InPlace(opened, _resolved(opened, adding), writable=False) as store:
         new = [recorded(one, opened, store, []) for one in adding]
     return switch_report(opened, [], new, [], dry_run=True)
@@ -80,6 +81,7 @@ def _switched(
     told = _recovered(opened, state)
     listed = state.on()
     present = [state.record(id, label) for id, label in listed.items()]
+    check_fits(opened, present)
     gone = [listed_id(one, listed, opened) for one in removing]
     _check_new(adding, set(listed) - set(gone), opened)
     stay = [r for r in present if r.id not in gone]
@@ -122,12 +124,11 @@ def _recovered(opened: Base, state: State) -> list[str]:
     before, after = pending
     records = {id: state.record(id, label) for id, label in {**before, **after}.items()}
     names = touched_parameters(list(records.values()))
+    check_fits(opened, list(records.values()))
     with InPlace(opened, names, writable=True) as store:
         write(store, names, [records[id] for id in before], [records[id] for id in after])
         store.flush()
     state.finish(after)
-    if after:
-        state.open()
     return ["a switch that had been interrupted was completed first"]
 
 

@@ -142,6 +142,20 @@ def _wrong_base(path: Path | None) -> MismatchError:
     )
 
 
+def check_fits(model: Base, records: Sequence[Record]) -> None:
+    """Raise MismatchError unless the model still has every parameter under the records, in its shape."""
+    for name, u in ((name, u) for record in records for name, u in record.updates.items()):
+        if model.shapes.get(name) != u.shape:
+            raise MismatchError(
+                "the model was replaced since adapters were switched on: they do not fit it",
+                file=model.path,
+                parameter=name,
+                expected=u.shape,
+                got=model.shapes.get(name, "no such parameter"),
+                hint="nothing was written; restore the file, or delete its switch directory to take it as it is",
+            )
+
+
 def check_untouched(model: Base, store: Store, present: Sequence[Record]) -> None:
     """Raise MismatchError unless the model holds what the active adapters put there: nothing else may have written."""
 

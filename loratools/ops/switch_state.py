@@ -9,8 +9,8 @@ completed by doing it again.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,6 @@ class State:
 
     def __init__(self, model: Path) -> None:
         self.path = _home(model)
-
-    def open(self) -> None:
-        """Make the directory."""
-        with os_errors("create a directory beside the model", self.path):
-            self.path.mkdir(exist_ok=True)
 
     def on(self) -> dict[str, str]:
         """Return id -> label of the records that are on."""
@@ -77,7 +72,7 @@ class State:
         self._write(JOURNAL, {"from": dict(before), "to": dict(after)})
 
     def finish(self, after: Mapping[str, str]) -> None:
-        """Write the state, then forget the journal and records that are not needed; with nothing on, everything."""
+        """Write the state, then forget the journal and records that are not needed."""
         self._write(STATE, {"on": dict(after)})
         with os_errors("remove the journal", self.path):
             (self.path / JOURNAL).unlink(missing_ok=True)
@@ -85,13 +80,17 @@ class State:
         for path in self.path.glob("*.safetensors"):
             if path.stem not in after:
                 path.unlink(missing_ok=True)
-        if not after:
-            shutil.rmtree(self.path, ignore_errors=True)
 
     def tidy(self) -> None:
-        """Remove the directory if nothing is on and nothing pending."""
-        if self.path.exists() and not self.on() and self.pending() is None:
-            shutil.rmtree(self.path, ignore_errors=True)
+        """Remove the directory if nothing is on and nothing pending, the lock last: until then it is ours alone."""
+        if self.on() or self.pending() is not None:
+            return
+        for path in self.path.iterdir():
+            if path.name != LOCK:
+                path.unlink(missing_ok=True)
+        (self.path / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # the next process is in it already
+            self.path.rmdir()
 
     def _write(self, file: str, said: Mapping[str, Any]) -> None:
         write_text(self.path / file, json.dumps({"version": VERSION, **said}, indent=1) + "\n", overwrite=True)
@@ -103,6 +102,8 @@ def _home(model: Path) -> Path:
     It lies beside the file, or in the directory of a model of several. Raises UsageError where a part of the model was
     switched by itself, or the whole of which this is a part.
     """
+    if model.name.endswith(".index.json"):
+        model = model.parent
     folder = model if model.is_dir() else model.parent
     whole, files = folder / WHOLE, _file_names(folder)
     if not model.is_dir():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from loratools.core.adapter import Adapter
@@ -40,6 +40,7 @@ class Switchboard:
             raise UsageError("this adapter is on already", got=one.label)
         record = recorded(one._replace(adapter=self._placed(one.adapter)), self._model, self._store, present)
         check_untouched(self._model, self._store, present)
+        self._store.check_writable(record.updates)
         write(self._store, list(record.updates), present, [*present, record])
         self._on[one.id] = record
 
@@ -49,6 +50,7 @@ class Switchboard:
         present = list(self._on.values())
         check_untouched(self._model, self._store, present)
         record = self._on[id]
+        self._store.check_writable(record.updates)
         write(self._store, list(record.updates), present, [r for i, r in self._on.items() if i != id])
         del self._on[id]
 
@@ -76,6 +78,13 @@ class _Memory:
 
     def write(self, name: str, flat: Array, values: Array) -> None:
         self._view(name)[flat] = values
+
+    def check_writable(self, names: Iterable[str]) -> None:
+        """Raise UsageError for a read-only array: nothing may be written before everything can be."""
+        for name in names:
+            flags = getattr(self._view(name), "flags", None)
+            if flags is not None and not flags.writeable:
+                raise UsageError("a read-only array is not switched in place", got=name, hint="pass a copy of it")
 
     def placed(self, name: str, u: Sparse) -> Sparse:
         like = self._tensors[name]

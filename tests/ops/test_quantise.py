@@ -221,3 +221,20 @@ def test_advice_is_a_frontier() -> None:
     assert len(best) >= 3
     assert [row["relative_error"] for row in best] == sorted((row["relative_error"] for row in best), reverse=True)
     assert {row["name"] for row in report.modules} >= {"1 bit, rank 32", "8 bit, rank 4"}
+
+
+@pytest.mark.parametrize("group", [10**12, 10**20])
+def test_groups_longer_than_the_vectors_are_whole_vectors(group: int) -> None:
+    adapter = Adapter({"x.weight": LowRank.example(0)}, Meta())
+    long, whole = (lt.dequantize(lt.quantize(adapter, bits=4, group=g), dtype="float32") for g in (group, 64))
+    assert np.array_equal(long["x.weight"].dense(), whole["x.weight"].dense())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 1), (4, 9, 4), (2, 1, 3)])
+@pytest.mark.parametrize("avg_bits", [1.5, 12.0])
+def test_modules_of_a_few_entries(shape: tuple[int, int, int], avg_bits: float) -> None:
+    rng, (m, r, n) = np.random.default_rng(0), shape
+    u = LowRank(rng.standard_normal((m, r)).astype(np.float32), rng.standard_normal((r, n)).astype(np.float32))
+    done = lt.quantize(Adapter({"x.weight": u}, Meta()), avg_bits=avg_bits)
+    assert done.report is not None
+    assert done.report.total["relative_error"] <= 1

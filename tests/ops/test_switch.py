@@ -281,7 +281,6 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
 
     folder = model(tmp_path / "m")
     state = State(folder)
-    state.open()
     with locked(state.path / "lock"), pytest.raises(FileError, match="another switch"):
         lt.switch(folder, on=[sparse(1)])
 
@@ -339,3 +338,71 @@ def test_what_is_imported(tmp_path: Path) -> None:
     loaded = set(done.stdout.split())
     assert "loratools.formats.native" in loaded
     assert not loaded & {"torch", "scipy", "rich", "networkx", "loratools.formats.peft", "loratools.formats.kohya"}
+
+
+def test_a_lock_that_was_removed_meanwhile_is_taken_anew(tmp_path: Path) -> None:
+    """Its last owner may remove a lock between its opening and its locking: two processes must never hold one."""
+    import fcntl
+
+    from loratools.io import inplace
+
+    path = tmp_path / "state" / "lock"
+    real, removed = fcntl.flock, []
+
+    def flock(fd: int, how: int) -> None:
+        if not removed:
+            removed.append(path.unlink())
+            path.parent.rmdir()
+        real(fd, how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", flock)
+        with inplace.locked(path):
+            assert removed
+            with pytest.raises(FileError, match="another switch"), inplace.locked(path):
+                pass
+
+
+def test_a_finished_switch_leaves_a_directory_that_another_process_is_in(tmp_path: Path) -> None:
+    state = State(model(tmp_path / "m"))
+    state.path.mkdir()
+    (state.path / "state.json").write_text('{"version": 1, "on": {}}')
+    unlink = Path.unlink
+
+    def late(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok=missing_ok)
+        if path.name == "lock":  # the next process makes its own at once
+            path.touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", late)
+        state.tidy()
+    assert (state.path / "lock").exists()
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_a_model_that_was_replaced_is_refused(tmp_path: Path, off: bool) -> None:
+    folder, a = model(tmp_path / "m"), sparse(1)
+    lt.switch(folder, on=[a])
+    (file,) = folder.glob("*.safetensors")
+    for tensors in ({"other.weight": np.zeros((3, 3), np.float32)}, {n: w[:1].copy() for n, w in weights().items()}):
+        save_file(tensors, file)
+        with pytest.raises(MismatchError, match="replaced"):
+            lt.switch(folder, off=[a] if off else [])
+
+
+def test_dry_runs_refuse_what_real_ones_do(tmp_path: Path) -> None:
+    folder, a = model(tmp_path / "m"), sparse(1)
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match="on already"):
+            lt.switch(folder, on=[a, a], dry_run=dry_run)
+
+
+def test_a_read_only_array_is_refused_before_anything_is_written() -> None:
+    tensors = weights()
+    last = list(sparse(1))[-1]
+    tensors[last].flags.writeable = False
+    before = {n: w.copy() for n, w in tensors.items()}
+    with pytest.raises(UsageError, match="read-only"):
+        lt.Switchboard(tensors).put_on(sparse(1))
+    assert all(np.array_equal(before[n], w) for n, w in tensors.items())
