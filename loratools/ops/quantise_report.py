@@ -30,6 +30,7 @@ UNITS = {
     "bytes_file": "bytes of the whole file in the native format",
     "neighbours": "other ways to spend these bytes, measured on some modules: bits, components and relative error",
 }
+LOST = 0.9  # share of the squared norm that is wrong
 
 
 class Figures(NamedTuple):
@@ -100,20 +101,23 @@ def _row(name: str, f: Figures | None, before: Adapter, after: Adapter) -> dict[
 
 
 def _warnings(figures: Mapping[str, Figures], before: Adapter, after: Adapter) -> tuple[str, ...]:
-    told = list(before.meta.remarks)
-    carried = [name for name in after if name not in figures and after[name].kind not in ("replace", "replace_rows")]
-    if carried:
-        more = f" and {len(carried) - 1} more" if len(carried) > 1 else ""
-        told.append(f"{carried[0]}{more}: no product of two factors, carried as it is")
-    zero = [name for name, f in figures.items() if not f.square]
-    if zero:
-        more = f" and {len(zero) - 1} more" if len(zero) > 1 else ""
-        told.append(f"{zero[0]}{more}: the update is zero, and takes no codes")
-    lost = [name for name, f in figures.items() if f.square and not f.runs]
-    if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        told.append(f"{lost[0]}{more}: the budget left nothing for this module")
-    return tuple(told)
+    cases = (
+        (
+            [n for n in after if n not in figures and after[n].kind not in ("replace", "replace_rows")],
+            "no product of two factors, carried as it is",
+        ),
+        ([n for n, f in figures.items() if not f.square], "the update is zero, and takes no codes"),
+        ([n for n, f in figures.items() if f.square and not f.runs], "the budget left nothing for this module"),
+        (
+            [n for n, f in figures.items() if f.runs and not f.wrong < LOST * f.square],  # NaN too
+            "nearly nothing of the update is left: too few bits, or factors beyond the range of fp16 scales",
+        ),
+    )
+    return (*before.meta.remarks, *(f"{_some(names)}: {what}" for names, what in cases if names))
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def neighbours(parts: Mapping[str, tuple[Array, Array]], spent: Mapping[str, int], group: int) -> list[dict[str, Any]]:

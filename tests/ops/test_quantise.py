@@ -238,3 +238,13 @@ def test_modules_of_a_few_entries(shape: tuple[int, int, int], avg_bits: float) 
     done = lt.quantize(Adapter({"x.weight": u}, Meta()), avg_bits=avg_bits)
     assert done.report is not None
     assert done.report.total["relative_error"] <= 1
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("size", [1e30, 1e6, 1e-9])
+def test_factors_beyond_the_range_of_scales_are_told(size: float) -> None:
+    rng = np.random.default_rng(0)
+    b, a = ((size * rng.standard_normal(shape)).astype(np.float32) for shape in ((40, 4), (4, 30)))
+    done = lt.quantize(Adapter({"x.weight": LowRank(b, a)}, Meta()), bits=4)
+    assert done.report is not None
+    assert any("x.weight: nearly nothing of the update is left" in line for line in done.report.warnings)
