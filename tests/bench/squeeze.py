@@ -5,8 +5,8 @@
 Measure an installed wheel: an editable install may compile its sources at every start.
 
 Rows: 7B-shaped r=64 -> 8 in fp16 (320 MB); memory on 2 GiB; a 3 MB adapter against ``import numpy``; ``--help``. The
-floor reads every byte and writes as many as the result has, with fsync as the program does, without mathematics; the bare
-arithmetic does the same NumPy calls in two threads, without formats, checks and reports.
+floor reads every byte and writes as many as the result has, with fsync as the program does, without mathematics; the
+bare arithmetic does the same NumPy calls in two threads, without formats, checks and reports.
 """
 
 from __future__ import annotations
