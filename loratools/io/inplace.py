@@ -6,7 +6,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -113,19 +113,18 @@ def _lock(path: Path) -> int | None:
     with os_errors("create a directory beside the model", path.parent):
         path.parent.mkdir(exist_ok=True)
         sync(path.parent.parent)
-    try:
-        with os_errors("lock", path):
+    with os_errors("lock", path):
+        try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except FileError:
-        if path.parent.exists():
-            raise
-        return None
+        except FileNotFoundError:  # the directory went again
+            return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(fd)
         raise FileError("another switch of this model is running", file=path, hint="wait for it") from error
-    if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
-        return fd
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(fd), path.stat()):
+            return fd
     os.close(fd)
     return None
